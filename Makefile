@@ -1,0 +1,60 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both set up what they need.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+RUN_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+WORKERS ?= 2
+
+.PHONY: help demo dev test lint format stop benchmarks demo-drift clean
+.DEFAULT_GOAL := help
+
+help: ## Say what each command does
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+demo: $(VENV)/.installed ## The whole graph on the demo feed (or OFFER_FEED), headless, to a live endpoint
+	@$(BIN)/python -m offer_assets demo
+
+demo-drift: $(VENV)/.installed ## Add a drifted day to the demo feed, catalogue it, and see the check fail
+	@$(BIN)/python -m offer_assets demo-drift
+
+dev: $(VENV)/.installed ## The Dagster UI with daemon, sensors and schedules, on the same data
+	@$(BIN)/python -m offer_assets dev
+
+stop: $(VENV)/.installed ## Stop the local endpoint
+	@$(BIN)/python -m offer_assets stop
+
+test: lint ## Every test (set REQUIRE_SYSTEM_PACKAGES=1 to fail instead of skip without Chromium)
+	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup
+
+lint: $(VENV)/.installed-dev ## Format, lint, types and the walls between the rooms
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev ## Bring the code into shape
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+benchmarks: $(VENV)/.installed-dev ## Measure every figure that the README quotes
+	@$(BIN)/python -m benchmarks
+
+clean: ## Remove the virtual environment and caches (not OFFER_ASSETS_HOME)
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v[:2] <= (3, 12) else \
+	  f"Python 3.11 or 3.12 is needed, {sys.executable} is {v[0]}.{v[1]}; set PYTHON=/path/to/python3.11")'
+	@echo "Making the virtual environment $(VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
+	@echo "Installing the pinned dependencies (a few minutes the first time)"
+	@$(RUN_INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "Installing what the tests need"
+	@$(RUN_INSTALL) --editable '.[dev]'
+	@touch $@

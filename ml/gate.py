@@ -1,0 +1,157 @@
+"""The one place that says what a model has to reach before it may be released.
+
+Every proposition is a function over stored metrics, so that the check shown in the graph and the
+verdict on a model version are the same code with the same limits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from ml.errors import InputError
+
+Share = Annotated[float, Meta(ge=0.0, le=1.0)]
+
+
+class GateLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Limits of the gate."""
+
+    min_share_of_teacher: Annotated[
+        float, Meta(ge=0.0, description="Student's weighted F1 over the teacher's, at least.")
+    ] = 0.95
+    max_loss_to_production: Annotated[
+        Share, Meta(description="Weighted F1 that may be lost to the version in production.")
+    ] = 0.01
+    accept_incomparable_production: Annotated[
+        bool,
+        Meta(description="Pass although the version in production cannot be run on the evaluation set."),
+    ] = False
+    min_same_category_compiled: Annotated[
+        Share, Meta(description="Offers that the compiled model puts into the same category, at least.")
+    ] = 0.98
+    max_f1_loss_compiled: Annotated[Share, Meta(description="Weighted F1 that compiling may cost.")] = 0.01
+
+
+class Proposition(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing that has to be true, and whether it is."""
+
+    name: str
+    passed: bool
+    value: float | None
+    """What was measured; None if there was nothing to measure."""
+    limit: float
+    sentence: str
+
+
+class Verdict(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether a model may be released: only if every proposition holds."""
+
+    passed: bool
+    propositions: list[Proposition]
+
+    @property
+    def sentence(self) -> str:
+        """The verdict in words: what failed, or that nothing did."""
+        failed = [proposition.sentence for proposition in self.propositions if not proposition.passed]
+        return "Not to be released: " + " ".join(failed) if failed else "May be released."
+
+
+def judge(
+    evaluation_metrics: Mapping[str, Any],
+    compiled_metrics: Mapping[str, Any],
+    limits: GateLimits | None = None,
+) -> Verdict:
+    """Hold the metrics of ``student_evaluation`` and ``compiled_student`` against the limits.
+
+    Raises:
+        InputError: a metric that is needed is not there.
+    """
+    limits = limits or GateLimits()
+    propositions = [
+        student_is_close_to_teacher(evaluation_metrics, limits),
+        student_is_not_worse_than_production(evaluation_metrics, limits),
+        compiled_matches_uncompiled(compiled_metrics, limits),
+    ]
+    return Verdict(passed=all(p.passed for p in propositions), propositions=propositions)
+
+
+def student_is_close_to_teacher(metrics: Mapping[str, Any], limits: GateLimits) -> Proposition:
+    """The student keeps at least ``min_share_of_teacher`` of the teacher's weighted F1."""
+    student, teacher = _number(metrics, "student_weighted_f1"), _number(metrics, "teacher_weighted_f1")
+    share = _number(metrics, "student_share_of_teacher")
+    return Proposition(
+        name="student_is_close_to_teacher",
+        passed=share >= limits.min_share_of_teacher,
+        value=share,
+        limit=limits.min_share_of_teacher,
+        sentence=f"Weighted F1 of the student is {student:.4f}, {share:.1%} of the teacher's {teacher:.4f} "
+        f"(at least {limits.min_share_of_teacher:.1%} wanted).",
+    )
+
+
+def student_is_not_worse_than_production(metrics: Mapping[str, Any], limits: GateLimits) -> Proposition:
+    """The student loses no more than ``max_loss_to_production`` of weighted F1 to production.
+
+    It fails when the loss measured is larger than the limit *and* not chance: the whole confidence
+    interval lies below zero. Demanding the interval's lower end above the limit would turn away
+    most equal models on a small evaluation set; looking at the difference alone would too, by luck.
+    A first version, with none in production, passes.
+    """
+    name, limit = "student_is_not_worse_than_production", -limits.max_loss_to_production
+    if reason := metrics.get("production_not_comparable"):
+        return Proposition(
+            name=name,
+            passed=limits.accept_incomparable_production,
+            value=None,
+            limit=limit,
+            sentence=f"The version in production could not be compared: {reason}.",
+        )
+    if "student_minus_production" not in metrics:
+        return Proposition(
+            name=name, passed=True, value=None, limit=limit, sentence="There is no version in production yet."
+        )
+    difference = _number(metrics, "student_minus_production")
+    low = _number(metrics, "student_minus_production_low")
+    high = _number(metrics, "student_minus_production_high")
+    return Proposition(
+        name=name,
+        passed=difference >= limit or high >= 0,
+        value=difference,
+        limit=limit,
+        sentence=f"Weighted F1 differs from the version in production by {difference:+.4f} "
+        f"(95 % interval {low:+.4f} to {high:+.4f}; a loss beyond {limits.max_loss_to_production:.4f} "
+        "that is not chance is too much).",
+    )
+
+
+def compiled_matches_uncompiled(metrics: Mapping[str, Any], limits: GateLimits) -> Proposition:
+    """The compiled model answers like the original on the same offers, and is as good."""
+    same, offers = _number(metrics, "same_category"), _number(metrics, "offers")
+    loss = _number(metrics, "weighted_f1_original") - _number(metrics, "weighted_f1_compiled")
+    return Proposition(
+        name="compiled_matches_uncompiled",
+        passed=offers >= 1
+        and same >= limits.min_same_category_compiled
+        and loss <= limits.max_f1_loss_compiled,
+        value=same,
+        limit=limits.min_same_category_compiled,
+        sentence=f"Compiled and original agree on {same:.1%} of {offers:,.0f} offers (at least "
+        f"{limits.min_same_category_compiled:.1%} wanted), weighted F1 changes by {-loss:+.4f} "
+        f"(a loss of {limits.max_f1_loss_compiled:.4f} is allowed).",
+    )
+
+
+def _number(metrics: Mapping[str, Any], name: str) -> float:
+    """The metric as a number; NaN fails every comparison that a proposition makes."""
+    value = metrics.get(name)
+    if value is None:
+        raise InputError(
+            f"metric {name} is missing, the gate cannot judge without it; make the artifact anew (found "
+            f"{', '.join(sorted(metrics)) or 'no metrics'})"
+        )
+    return float(value) if isinstance(value, int | float) else math.nan

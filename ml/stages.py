@@ -1,0 +1,376 @@
+"""The catalogue of stages: what each is called, needs and can be told.
+
+A stage turns input artifacts and parameters into one output artifact. The catalogue is cheap to
+import: a stage's own module, with torch and the like, is imported only when the stage runs.
+Adding a stage is one entry here and one function ``run(context, parameters) -> metrics``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from ml.errors import InputError
+
+OPERATIONAL = {"operational": True}
+"""Marks a parameter that says how the work is done, not what comes out: it is not part of the key."""
+
+Share = Annotated[float, Meta(ge=0.0, le=1.0)]
+Count = Annotated[int, Meta(ge=1)]
+Seed = Annotated[int, Meta(ge=0, description="Seed of every random choice of this stage.")]
+
+
+class Parameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of all stage parameters: immutable, typed, unknown names are errors."""
+
+
+class FeedFile(msgspec.Struct, frozen=True, kw_only=True):
+    """One file of an offer feed, as it was when it was looked at."""
+
+    uri: str
+    fingerprint: str
+    """Changes when the file's content changes."""
+    loaded_on: str
+    """ISO date on which the file was first seen: the day of its offers without ``offered_at``."""
+
+
+class TaxonomyParameters(Parameters, frozen=True, kw_only=True):
+    """Parameters of ``catalog_taxonomy``."""
+
+    source: Annotated[str, Meta(description="Taxonomy CSV: category_id,parent_id,name[,name_<locale>…].")]
+    fingerprint: Annotated[str, Meta(description="SHA-256 of the source; empty: not checked.")] = ""
+
+
+class RawOffersParameters(Parameters, frozen=True, kw_only=True):
+    """Parameters of ``raw_offers``."""
+
+    files: Annotated[list[FeedFile], Meta(description="Files that hold offers of the day.")]
+    day: Annotated[str, Meta(description="ISO date whose offers are taken.")]
+
+
+class OffersParameters(Parameters, frozen=True, kw_only=True):
+    """Parameters of ``offers`` (which writes clean and quarantined offers)."""
+
+    max_title_characters: Annotated[Count, Meta(description="Longer titles go to quarantine.")] = 4096
+
+
+class EvaluationSetParameters(Parameters, frozen=True, kw_only=True):
+    """Parameters of ``evaluation_set``."""
+
+    split_by: Annotated[
+        Literal["product", "shop"],
+        Meta(description="What must not be on both sides of the split: a product or a shop."),
+    ] = "product"
+    share: Annotated[Share, Meta(description="Share of products (or shops) held out.")] = 0.15
+    cap_per_category: Annotated[Count, Meta(description="At most this many offers of a category.")] = 50
+    seed: Seed = 17
+
+
+class TrainingSampleParameters(Parameters, frozen=True, kw_only=True):
+    """Parameters of ``training_sample``."""
+
+    split_by: Annotated[
+        Literal["product", "shop"],
+        Meta(description="What must not be on both sides of the split: a product or a shop."),
+    ] = "product"
+    evaluation_share: Annotated[
+        Share, Meta(description="Share of products (or shops) held out; as in evaluation_set.")
+    ] = 0.15
+    cap_per_category: Annotated[
+        Count, Meta(description="At most this many labelled offers of a category.")
+    ] = 400
+    cap_per_product: Annotated[Count, Meta(description="At most this many labelled offers of a product.")] = 6
+    labelled: Annotated[Count, Meta(description="At most this many labelled offers in all.")] = 12_000
+    unlabelled: Annotated[int, Meta(ge=0, description="At most this many unlabelled offers.")] = 6_000
+    reference: Annotated[
+        Count, Meta(description="Offers of the uniform sample that drift is measured against.")
+    ] = 5_000
+    validation_share: Annotated[
+        Share, Meta(description="Share of the training products kept for validation.")
+    ] = 0.1
+    seed: Seed = 17
+
+
+class EncoderChoice(Parameters, frozen=True, kw_only=True):
+    """Which pretrained encoder, and how much of the text it reads."""
+
+    encoder: Annotated[
+        str, Meta(description="'packaged-minilm', a hub id, or a local folder in transformers format.")
+    ] = "packaged-minilm"
+    max_tokens: Annotated[
+        int, Meta(ge=8, le=512, description="Longer texts are cut to this many tokens.")
+    ] = 48
+    instruction: Annotated[
+        str, Meta(description="Put before every text, as instruction-tuned encoders want it.")
+    ] = ""
+
+
+class TeacherParameters(EncoderChoice, frozen=True, kw_only=True):
+    """Parameters of ``teacher_checkpoint``."""
+
+    epochs: Annotated[Count, Meta(description="Passes over the labelled offers.")] = 3
+    batch_size: Count = 32
+    learning_rate: Annotated[float, Meta(gt=0, description="Peak rate of the encoder (AdamW).")] = 1e-4
+    head_learning_rate: Annotated[float, Meta(gt=0, description="Peak rate of the output layer.")] = 3e-3
+    ancestor_loss: Annotated[
+        float, Meta(ge=0, description="Weight of the loss at each level above the leaf.")
+    ] = 0.3
+    checkpoint_seconds: Annotated[
+        float, Meta(gt=0, description="Time between two checkpoints.", extra=OPERATIONAL)
+    ] = 20.0
+    seed: Seed = 17
+
+
+class TeacherLabelsParameters(Parameters, frozen=True, kw_only=True):
+    """Parameters of ``teacher_labels``."""
+
+    top_k: Annotated[Count, Meta(description="Logits kept per offer, the rest as one tail mass.")] = 16
+    batch_size: Count = 64
+    shard_offers: Annotated[Count, Meta(description="Offers per shard; finished shards survive a kill.")] = (
+        2_000
+    )
+
+
+class StudentParameters(Parameters, frozen=True, kw_only=True):
+    """Parameters of ``student_checkpoint``."""
+
+    encoder: Annotated[
+        str,
+        Meta(description="'teacher': layers of the fine-tuned teacher; or an encoder as for the teacher."),
+    ] = "teacher"
+    layers: Annotated[Count, Meta(description="Encoder layers kept, spread evenly over the original's.")] = 3
+    max_tokens: Annotated[
+        int, Meta(ge=8, le=512, description="Longer texts are cut to this many tokens.")
+    ] = 48
+    epochs: Annotated[Count, Meta(description="Passes over labelled and unlabelled offers.")] = 4
+    batch_size: Count = 32
+    learning_rate: Annotated[float, Meta(gt=0, description="Peak rate of the encoder (AdamW).")] = 2e-4
+    head_learning_rate: Annotated[float, Meta(gt=0, description="Peak rate of the output layer.")] = 1e-3
+    label_weight: Annotated[
+        Share, Meta(description="Weight of human labels beside the teacher's, on labelled offers.")
+    ] = 0.3
+    temperature: Annotated[float, Meta(gt=0, description="Softens both sides of the distillation loss.")] = (
+        1.0
+    )
+    checkpoint_seconds: Annotated[
+        float, Meta(gt=0, description="Time between two checkpoints.", extra=OPERATIONAL)
+    ] = 20.0
+    seed: Seed = 17
+
+
+class FastModelParameters(Parameters, frozen=True, kw_only=True):
+    """Parameters of ``fast_checkpoint``."""
+
+    max_features: Annotated[Count, Meta(description="n-grams kept, the most frequent first.")] = 60_000
+    regularisation: Annotated[float, Meta(gt=0, description="C of the linear support vector machine.")] = 1.0
+    pseudo_label_confidence: Annotated[
+        Share,
+        Meta(description="Unlabelled offers of which the teacher is this sure are trained on too; 1: none."),
+    ] = 0.9
+    seed: Seed = 17
+
+
+class EvaluationParameters(Parameters, frozen=True, kw_only=True):
+    """Parameters of ``student_evaluation``."""
+
+    batch_size: Count = 64
+    bootstrap: Annotated[Count, Meta(description="Resamples behind each confidence interval.")] = 500
+    seed: Seed = 17
+
+
+class CompileParameters(Parameters, frozen=True, kw_only=True):
+    """Parameters of ``compiled_student``."""
+
+    target: Literal["cpu", "neuron"] = "cpu"
+    parity_offers: Annotated[Count, Meta(description="Offers that both models are compared on.")] = 2_000
+
+
+class CataloguedOffersParameters(Parameters, frozen=True, kw_only=True):
+    """Parameters of ``catalogued_offers``."""
+
+    endpoint_url: Annotated[
+        str, Meta(description="Where /invocations answers, e.g. http://127.0.0.1:8765.", extra=OPERATIONAL)
+    ]
+    batch_offers: Annotated[Count, Meta(description="Offers per request.", extra=OPERATIONAL)] = 256
+    in_flight: Annotated[Count, Meta(description="Requests under way at once.", extra=OPERATIONAL)] = 4
+
+
+class DriftParameters(Parameters, frozen=True, kw_only=True):
+    """Parameters of ``drift_report``."""
+
+    day: Annotated[str, Meta(description="ISO date that is held against the reference.")]
+    column_threshold: Annotated[
+        float, Meta(gt=0, description="Distance from which a column counts as drifted.")
+    ] = 0.2
+    max_offers: Annotated[
+        Count, Meta(description="Offers of the day that are looked at (uniform sample).")
+    ] = 20_000
+    seed: Seed = 17
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One entry of the catalogue."""
+
+    name: str
+    """Also the kind of the artifact it writes."""
+    version: str
+    """Raised whenever the meaning of the output changes: it is part of every artifact's key."""
+    summary: str
+    entry_point: str
+    """``module:function`` of ``run(context, parameters) -> metrics``."""
+    parameters: type[Parameters]
+    inputs: tuple[str, ...] = ()
+    optional_inputs: tuple[str, ...] = ()
+    partitioned_inputs: tuple[str, ...] = ()
+    """Inputs given once per partition, named ``<input>/<partition>``."""
+    heavy: bool = False
+    """Runs as a program of its own behind the compute door."""
+
+    def function(self) -> Callable[..., dict[str, Any]]:
+        """Import the stage's module and return its function."""
+        module, name = self.entry_point.split(":")
+        function: Callable[..., dict[str, Any]] = getattr(import_module(module), name)
+        return function
+
+
+_CATALOGUE = (
+    Stage(
+        name="catalog_taxonomy",
+        version="1",
+        summary="Read and validate the category tree.",
+        entry_point="ml.taxonomy:write_taxonomy",
+        parameters=TaxonomyParameters,
+    ),
+    Stage(
+        name="raw_offers",
+        version="1",
+        summary="Take the offers of one day from the feed, exactly as delivered.",
+        entry_point="ml.feed:write_raw_offers",
+        parameters=RawOffersParameters,
+    ),
+    Stage(
+        name="offers",
+        version="1",
+        summary="Type and validate the offers of a day; what is wrong goes to quarantine with its reason.",
+        entry_point="ml.offers:write_offers",
+        parameters=OffersParameters,
+        inputs=("raw_offers", "catalog_taxonomy"),
+    ),
+    Stage(
+        name="evaluation_set",
+        version="1",
+        summary="Extend the fixed evaluation set by what it does not cover yet.",
+        entry_point="ml.sampling:write_evaluation_set",
+        parameters=EvaluationSetParameters,
+        inputs=("catalog_taxonomy",),
+        optional_inputs=("previous",),
+        partitioned_inputs=("offers",),
+    ),
+    Stage(
+        name="training_sample",
+        version="1",
+        summary="Draw the capped training sample, apart from everything in the evaluation set.",
+        entry_point="ml.sampling:write_training_sample",
+        parameters=TrainingSampleParameters,
+        inputs=("catalog_taxonomy", "evaluation_set"),
+        partitioned_inputs=("offers",),
+    ),
+    Stage(
+        name="teacher_checkpoint",
+        version="1",
+        summary="Fine-tune the large encoder on the labelled offers.",
+        entry_point="ml.teacher:train_teacher",
+        parameters=TeacherParameters,
+        inputs=("training_sample", "catalog_taxonomy"),
+        heavy=True,
+    ),
+    Stage(
+        name="teacher_labels",
+        version="1",
+        summary="Let the teacher label labelled and unlabelled offers (top-k logits).",
+        entry_point="ml.labelling:write_teacher_labels",
+        parameters=TeacherLabelsParameters,
+        inputs=("teacher_checkpoint", "training_sample"),
+        heavy=True,
+    ),
+    Stage(
+        name="fast_checkpoint",
+        version="1",
+        summary="Train the traditional model: n-grams and a linear classifier.",
+        entry_point="ml.fast_model:train_fast_model",
+        parameters=FastModelParameters,
+        inputs=("training_sample", "teacher_labels", "catalog_taxonomy"),
+        heavy=True,
+    ),
+    Stage(
+        name="student_checkpoint",
+        version="1",
+        summary="Distil the teacher into a small encoder.",
+        entry_point="ml.student:train_student",
+        parameters=StudentParameters,
+        inputs=("training_sample", "teacher_labels", "teacher_checkpoint", "catalog_taxonomy"),
+        heavy=True,
+    ),
+    Stage(
+        name="student_evaluation",
+        version="1",
+        summary="Measure teacher, student, fast model and the version in production on the evaluation set.",
+        entry_point="ml.evaluation:evaluate_student",
+        parameters=EvaluationParameters,
+        inputs=(
+            "evaluation_set",
+            "catalog_taxonomy",
+            "student_checkpoint",
+            "teacher_checkpoint",
+            "fast_checkpoint",
+        ),
+        optional_inputs=("training_sample", "production_model"),
+        heavy=True,
+    ),
+    Stage(
+        name="compiled_student",
+        version="1",
+        summary="Compile the student for a target and compare it with the original.",
+        entry_point="ml.compilation:compile_student",
+        parameters=CompileParameters,
+        inputs=("student_checkpoint", "evaluation_set", "catalog_taxonomy"),
+        heavy=True,
+    ),
+    Stage(
+        name="catalogued_offers",
+        version="1",
+        summary="Catalogue the clean offers of a day through the endpoint.",
+        entry_point="ml.cataloguing:catalogue_offers",
+        parameters=CataloguedOffersParameters,
+        inputs=("offers", "compiled_student"),
+        heavy=True,
+    ),
+    Stage(
+        name="drift_report",
+        version="1",
+        summary="Hold a day of catalogued offers against the reference of the training sample.",
+        entry_point="ml.drift:write_drift_report",
+        parameters=DriftParameters,
+        inputs=("catalogued_offers", "offers", "training_sample", "compiled_student"),
+        heavy=True,
+    ),
+)
+
+STAGES: dict[str, Stage] = {stage.name: stage for stage in _CATALOGUE}
+
+
+def stage_named(name: str) -> Stage:
+    """The stage of this name.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name not in STAGES:
+        raise InputError(f"there is no stage {name!r}; the stages are {', '.join(STAGES)}")
+    return STAGES[name]

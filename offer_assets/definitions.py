@@ -1,0 +1,69 @@
+"""Assembles the code location; everything it names is defined elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import dagster as dg
+
+from offer_assets import compilation, evaluation, feed, models, operation, release, sampling, taxonomy
+from offer_assets.headless import LOGGERS
+from offer_assets.jobs import JOBS, SCHEDULES
+from offer_assets.partitions import days_from
+from offer_assets.plan import TrainingPlan
+from resources.environment import resources_for
+from resources.settings import Settings
+
+
+def build_defs(settings: Settings, **resource_overrides: Any) -> dg.Definitions:
+    """The graph for these settings; tests pass their own resources by name."""
+    from sensors.new_offers import new_offers
+
+    days = days_from(settings.first_day)
+    return dg.Definitions(
+        assets=[
+            taxonomy.catalog_taxonomy_source,
+            feed.offer_feed_source,
+            taxonomy.catalog_taxonomy,
+            *feed.feed_assets(days),
+            sampling.evaluation_set,
+            sampling.training_sample,
+            models.teacher_checkpoint,
+            models.teacher_labels,
+            models.fast_checkpoint,
+            models.student_checkpoint,
+            evaluation.student_evaluation,
+            compilation.compiled_student,
+            release.model_version,
+            release.offer_endpoint,
+            *operation.operation_assets(days),
+        ],
+        asset_checks=[
+            *feed.feed_checks(days),
+            sampling.no_product_is_on_both_sides,
+            sampling.sampled_labels_exist_in_taxonomy,
+            evaluation.student_is_close_to_teacher,
+            evaluation.student_is_not_worse_than_production,
+            compilation.compiled_matches_uncompiled,
+            release.endpoint_answers,
+            release.endpoint_answers_the_same,
+            *operation.operation_checks(days),
+        ],
+        jobs=JOBS,
+        schedules=SCHEDULES,
+        sensors=[new_offers],
+        loggers={"console": dg.colored_console_logger, **LOGGERS},
+        resources={
+            **resources_for(settings),
+            "plan": TrainingPlan.from_settings(settings),
+            **resource_overrides,
+        },
+        # Heavy stages are programs of their own: a process per step would only import everything once more.
+        executor=dg.in_process_executor,
+    )
+
+
+@dg.definitions
+def defs() -> dg.Definitions:
+    """What Dagster loads."""
+    return build_defs(Settings.from_environment())

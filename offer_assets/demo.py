@@ -1,0 +1,204 @@
+"""The whole way in one command: from a feed to a live endpoint and a catalogued day, headless."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ml.artifacts import ArtifactRef
+from ml.errors import InputError
+from offer_assets.definitions import build_defs
+from offer_assets.headless import HeadlessRuns, MadeAsset
+from offer_assets.instance import instance_for
+from offer_assets.jobs import CATALOGUE_DAY, INGEST_DAY, START_ENDPOINT, TRAIN_AND_RELEASE
+from offer_assets.partitions import CPU
+from resources.artifact_store import ArtifactStore
+from resources.environment import resources_for
+from resources.offer_feed import OfferFeed
+from resources.settings import Settings
+
+_ASSETS_PER_DAY = 4
+"""catalog_taxonomy, raw_offers, offers, quarantined_offers"""
+_ASSETS_TRAINED = 10
+_ASSETS_CATALOGUED = 2
+
+
+def run_demo(settings: Settings) -> bool:
+    """Make everything, say what came out; True only if all of it happened."""
+    started_at = time.monotonic()
+    resources = resources_for(settings)
+    feed: OfferFeed = resources["offer_feed"]
+    days = newest_days(feed, settings)
+    print(f"Offer Assets: {describe_feed(settings)}, {len(days)} days to {days[-1]}, in {settings.home}\n")
+    runs = HeadlessRuns(
+        definitions=build_defs(settings),
+        instance=instance_for(settings),
+        assets_in_all=_ASSETS_PER_DAY * len(days) + _ASSETS_TRAINED + _ASSETS_CATALOGUED,
+    )
+    with runs.instance:
+        succeeded = (
+            all(runs.run(INGEST_DAY, day) for day in days)
+            and runs.run(TRAIN_AND_RELEASE, CPU)
+            and runs.run(CATALOGUE_DAY, days[-1])
+        )
+    succeeded = succeeded and not any(check.severity == "ERROR" for check in runs.failed_checks)
+    _write_timings(settings.home / "demo_timings.json", runs, time.monotonic() - started_at)
+    if succeeded:
+        print(summary(settings, runs, resources["artifact_store"], time.monotonic() - started_at))
+    else:
+        print(failure(settings, runs), file=sys.stderr)
+    return succeeded
+
+
+def run_drifted_day(settings: Settings) -> bool:
+    """Add a drifted day to the demo feed and process it; True if the drift check caught it."""
+    if not settings.is_demo:
+        raise InputError(
+            "demo-drift adds a day to the demo feed; unset OFFER_FEED and CATALOG_TAXONOMY to use it"
+        )
+    resources = resources_for(settings)
+    if resources["artifact_store"].read_pointer("offer_endpoint") is None:
+        raise InputError("there is no endpoint yet to catalogue a day with; run `make demo` first")
+    day = resources["offer_feed"].add_drifted_day()
+    runs = HeadlessRuns(
+        definitions=build_defs(settings),
+        instance=instance_for(settings),
+        assets_in_all=_ASSETS_PER_DAY + _ASSETS_CATALOGUED + 1,
+    )
+    with runs.instance:
+        # The endpoint is started again if it has been stopped since.
+        succeeded = runs.run(INGEST_DAY, day) and runs.run(START_ENDPOINT)
+        succeeded = succeeded and runs.run(CATALOGUE_DAY, day)
+    drift = [check for check in runs.failed_checks if check.name == "no_drift"]
+    if succeeded and drift:
+        print(f"\nThe drifted day {day} was caught: {drift[0].description}")
+        print(f"Report: {runs.of('drift_report')[-1].metadata['report']}")
+    else:
+        print(failure(settings, runs), file=sys.stderr)
+    return succeeded and bool(drift)
+
+
+def newest_days(feed: OfferFeed, settings: Settings) -> list[str]:
+    """The days that a headless run takes: the newest ones, as many as the setting says."""
+    days = feed.days()
+    return days[-settings.demo_days :]
+
+
+def describe_feed(settings: Settings) -> str:
+    """Which feed this is, for people."""
+    return "the demo feed" if settings.is_demo else f"feed {settings.offer_feed}"
+
+
+def summary(settings: Settings, runs: HeadlessRuns, store: ArtifactStore, seconds: float) -> str:
+    """What came out, as a person wants to read it."""
+    offers = runs.of("offers")
+    evaluation = _only(runs, "student_evaluation").metadata
+    teacher, student, fast, compiled = (
+        _only(runs, name).metadata
+        for name in ("teacher_checkpoint", "student_checkpoint", "fast_checkpoint", "compiled_student")
+    )
+    endpoint = _only(runs, "offer_endpoint").metadata
+    catalogued = runs.of("catalogued_offers")[-1]
+    raw_count = sum(made.metadata["dagster/row_count"] for made in runs.of("raw_offers"))
+    clean_count = sum(made.metadata["dagster/row_count"] for made in offers)
+    quarantined_count = sum(made.metadata["dagster/row_count"] for made in runs.of("quarantined_offers"))
+    warnings = [check for check in runs.failed_checks if check.severity != "ERROR"]
+    lines = [
+        "",
+        f"Done in {seconds:,.0f} s.",
+        "",
+        f"  offers in        {raw_count:>10,}   over {len(offers)} day(s)",
+        f"  clean            {clean_count:>10,}",
+        f"  quarantined      {quarantined_count:>10,}   ({quarantined_count / max(raw_count, 1):.2%})",
+        f"  categories       {_only(runs, 'catalog_taxonomy').metadata['categories']:>10,}   "
+        f"of which {evaluation['categories']:,} are in the evaluation set",
+        "",
+        f"  quality on {evaluation['offers']:,} held-out offers (split by {settings.split_by})",
+        f"  {'':16} {'weighted F1':>12} {'macro F1':>10} {'mean F1 of levels':>18} {'size':>10}",
+    ]
+    for name, size in (("teacher", teacher), ("student", student), ("fast", fast)):
+        lines.append(
+            f"  {name:16} {evaluation[f'{name}_weighted_f1']:>12.3f} {evaluation[f'{name}_macro_f1']:>10.3f} "
+            f"{evaluation[f'{name}_mean_weighted_f1']:>18.3f} {_megabytes(size['size_bytes']):>10}"
+        )
+    lines += [
+        f"  {'compiled (int8)':16} {compiled['weighted_f1_compiled']:>12.3f} {'':>10} {'':>18} "
+        f"{_megabytes(compiled['size_bytes']):>10}   {compiled['same_category']:.2%} as uncompiled",
+        "",
+        f"  catalogued       {catalogued.metadata['offers']:>10,}   offers of {catalogued.partition} at "
+        f"{catalogued.metadata['offers_per_second']:,.0f} offers/s through the endpoint",
+        f"  checks           {runs.passed_checks:>10,}   passed, {len(warnings)} warned",
+        *(f"    warning: {check.name}: {check.description}" for check in warnings),
+        "",
+        f"  endpoint         {endpoint['url']}   model {endpoint['model_version']}",
+        f"  try it           {_curl(endpoint['url'], store)}",
+        "  stop it          make stop",
+        "  open the UI      make dev",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def failure(settings: Settings, runs: HeadlessRuns) -> str:
+    """What did not work and what to do."""
+    lines = ["", "Not everything worked:"]
+    lines += [f"  {error}" for error in runs.errors]
+    lines += [
+        f"  check {check.name} of {check.asset}: {check.description}"
+        for check in runs.failed_checks
+        if check.severity == "ERROR"
+    ]
+    lines += [
+        "",
+        "What was made is kept: the next `make demo` finds it and goes on from there. `make dev` shows each",
+        f"run, its log and its checks. Everything is in {settings.home}.",
+    ]
+    return "\n".join(lines)
+
+
+def _only(runs: HeadlessRuns, asset: str) -> MadeAsset:
+    return runs.of(asset)[-1]
+
+
+def _megabytes(size: float) -> str:
+    return f"{size / 1e6:,.1f} MB"
+
+
+def _curl(url: str, store: ArtifactStore) -> str:
+    """A command that asks the endpoint for one offer of the evaluation set."""
+    import pyarrow.parquet as pq
+
+    evaluation: ArtifactRef | None = store.read_pointer("evaluation_set")
+    if evaluation is None:
+        return f"curl {url}/ping"
+    rows = pq.read_table(
+        Path(store.fetch(evaluation)) / "offers.parquet", columns=["offer_id", "shop_id", "title", "country"]
+    )
+    body = json.dumps({"offers": rows.slice(0, 1).to_pylist()}, ensure_ascii=False)
+    return f"curl -s {url}/invocations -H 'Content-Type: application/json' -d {shlex.quote(body)}"
+
+
+def _write_timings(path: Path, runs: HeadlessRuns, seconds: float) -> None:
+    """Time per asset of this run, for the benchmark that the README quotes."""
+    timings: dict[str, Any] = {
+        "seconds": seconds,
+        "cores": os.cpu_count(),
+        "assets": [
+            {
+                "asset": made.name,
+                "partition": made.partition,
+                "seconds": made.seconds,
+                "stage_seconds": made.metadata.get("seconds", 0.0) if made.was_made else 0.0,
+                "made": made.was_made,
+            }
+            for made in runs.made
+        ],
+    }
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(timings), indent=2))

@@ -1,0 +1,85 @@
+"""How good the models are, on offers that none of them has seen."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import dagster as dg
+import msgspec
+
+from ml import gate
+from ml.artifacts import ArtifactRef
+from ml.stages import STAGES, EvaluationParameters
+from offer_assets import policies
+from offer_assets.checks import check_result
+from offer_assets.metadata import materialization, picture, row_count, table
+from resources.compute import Compute
+from resources.tracking import Tracking
+
+
+@dg.asset(
+    group_name=policies.EVALUATION,
+    kinds={"pytorch"},
+    owners=[policies.ML_TEAM],
+    pool=policies.TRAINING_POOL,
+    code_version=STAGES["student_evaluation"].version,
+)
+def student_evaluation(
+    context: dg.AssetExecutionContext,
+    evaluation_set: ArtifactRef,
+    catalog_taxonomy: ArtifactRef,
+    student_checkpoint: ArtifactRef,
+    teacher_checkpoint: ArtifactRef,
+    fast_checkpoint: ArtifactRef,
+    compute: Compute,
+    tracking: Tracking,
+) -> dg.MaterializeResult:
+    """Teacher, student, fast model and the version in production, side by side on the evaluation set."""
+    inputs: dict[str, ArtifactRef] = {
+        "evaluation_set": evaluation_set,
+        "catalog_taxonomy": catalog_taxonomy,
+        "student_checkpoint": student_checkpoint,
+        "teacher_checkpoint": teacher_checkpoint,
+        "fast_checkpoint": fast_checkpoint,
+    }
+    production = tracking.production()
+    if (
+        production
+        and compute.manifest(production.ref).inputs["student_checkpoint"] != student_checkpoint.digest
+    ):
+        inputs["production_model"] = production.ref
+    result = compute.run(context, "student_evaluation", inputs, EvaluationParameters())
+    tracking.record(result.manifest, result.ref)
+    folder = compute.folder(result.ref)
+    evaluation = msgspec.json.decode((folder / "evaluation.json").read_bytes())
+    return materialization(
+        result,
+        metadata={
+            **row_count(result.manifest.metrics["offers"]),
+            "models": table(_side_by_side(result.ref.metrics)),
+            "best_categories": table(evaluation["best_categories"]),
+            "worst_categories": table(evaluation["worst_categories"]),
+            **{path.stem: picture(path.read_bytes()) for path in sorted(folder.glob("*.png"))},
+        },
+    )
+
+
+def _side_by_side(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row per model that was measured."""
+    figures = ("accuracy", "weighted_f1", "macro_f1", "mean_weighted_f1", "ece", "offers_per_second")
+    return [
+        {"model": model, **{figure: metrics[f"{model}_{figure}"] for figure in figures}}
+        for model in ("teacher", "student", "fast", "production")
+        if f"{model}_accuracy" in metrics
+    ]
+
+
+@dg.asset_check(asset="student_evaluation")
+def student_is_close_to_teacher(student_evaluation: ArtifactRef) -> dg.AssetCheckResult:
+    """The student kept what the teacher knows."""
+    return check_result(gate.student_is_close_to_teacher(student_evaluation.metrics, policies.GATE))
+
+
+@dg.asset_check(asset="student_evaluation")
+def student_is_not_worse_than_production(student_evaluation: ArtifactRef) -> dg.AssetCheckResult:
+    """The student is not significantly worse than the version in production, on the same offers."""
+    return check_result(gate.student_is_not_worse_than_production(student_evaluation.metrics, policies.GATE))

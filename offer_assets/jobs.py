@@ -1,0 +1,72 @@
+"""Jobs and schedules: which assets are made together, and when."""
+
+import dagster as dg
+
+from offer_assets.partitions import CPU
+
+INGEST_DAY = "ingest_day"
+TRAIN_AND_RELEASE = "train_and_release"
+START_ENDPOINT = "start_endpoint"
+CATALOGUE_DAY = "catalogue_day"
+PROCESS_DAY = "process_day"
+
+_INGESTION = ("catalog_taxonomy", "raw_offers", "offers", "quarantined_offers")
+_CATALOGUING = ("catalogued_offers", "drift_report")
+
+ingest_day = dg.define_asset_job(
+    INGEST_DAY,
+    selection=dg.AssetSelection.assets(*_INGESTION),
+    description="Take one day of the feed: raw, clean and quarantined offers.",
+)
+
+train_and_release = dg.define_asset_job(
+    TRAIN_AND_RELEASE,
+    selection=dg.AssetSelection.assets(
+        "evaluation_set",
+        "training_sample",
+        "teacher_checkpoint",
+        "teacher_labels",
+        "fast_checkpoint",
+        "student_checkpoint",
+        "student_evaluation",
+        "compiled_student",
+        "model_version",
+        "offer_endpoint",
+    ),
+    description="Train on everything taken so far, compile for a target, register, pass the gate, serve.",
+)
+
+start_endpoint = dg.define_asset_job(
+    START_ENDPOINT,
+    selection=dg.AssetSelection.assets("offer_endpoint"),
+    description="Bring the registered version up if it is not, after a restart of the machine for instance.",
+)
+
+catalogue_day = dg.define_asset_job(
+    CATALOGUE_DAY,
+    selection=dg.AssetSelection.assets(*_CATALOGUING),
+    description="Catalogue one day of clean offers through the endpoint and look for drift.",
+)
+
+process_day = dg.define_asset_job(
+    PROCESS_DAY,
+    selection=dg.AssetSelection.assets(*_INGESTION, *_CATALOGUING),
+    description="Take one day of the feed and catalogue it: what new offers start by themselves.",
+)
+
+JOBS = [ingest_day, train_and_release, start_endpoint, catalogue_day, process_day]
+
+
+@dg.schedule(
+    job=train_and_release,
+    cron_schedule="0 3 * * 0",
+    execution_timezone="UTC",
+    default_status=dg.DefaultScheduleStatus.RUNNING,
+    description="Every Sunday at 03:00 UTC, train on the newest sample; unchanged inputs make nothing new.",
+)
+def weekly_training(context: dg.ScheduleEvaluationContext) -> dg.RunRequest:
+    """One run a week for the target that serves here."""
+    return dg.RunRequest(run_key=f"{context.scheduled_execution_time:%Y-%m-%d}", partition_key=CPU)
+
+
+SCHEDULES = [weekly_training]

@@ -1,0 +1,140 @@
+"""Teacher, its labels, and the two models that learn from them."""
+
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import msgspec
+
+from ml.artifacts import ArtifactRef
+from ml.stages import STAGES, FastModelParameters, TeacherLabelsParameters
+from offer_assets import policies
+from offer_assets.metadata import materialization, picture, row_count
+from offer_assets.plan import TrainingPlan
+from resources.compute import Compute, StageResult
+from resources.tracking import Tracking
+
+
+@dg.asset(
+    group_name=policies.TRAINING,
+    kinds={"pytorch", "huggingface"},
+    owners=[policies.ML_TEAM],
+    pool=policies.TRAINING_POOL,
+    code_version=STAGES["teacher_checkpoint"].version,
+)
+def teacher_checkpoint(
+    context: dg.AssetExecutionContext,
+    training_sample: ArtifactRef,
+    catalog_taxonomy: ArtifactRef,
+    compute: Compute,
+    tracking: Tracking,
+    plan: TrainingPlan,
+) -> dg.MaterializeResult:
+    """Large pretrained encoder, fine-tuned on the labelled offers: the best judge, too slow to serve."""
+    result = compute.run(
+        context,
+        "teacher_checkpoint",
+        {"training_sample": training_sample, "catalog_taxonomy": catalog_taxonomy},
+        plan.teacher(),
+    )
+    return _trained(result, compute, tracking)
+
+
+@dg.asset(
+    group_name=policies.TRAINING,
+    kinds={"pytorch", "parquet"},
+    owners=[policies.ML_TEAM],
+    pool=policies.TRAINING_POOL,
+    code_version=STAGES["teacher_labels"].version,
+)
+def teacher_labels(
+    context: dg.AssetExecutionContext,
+    teacher_checkpoint: ArtifactRef,
+    training_sample: ArtifactRef,
+    compute: Compute,
+) -> dg.MaterializeResult:
+    """The teacher's judgement of labelled and unlabelled offers: top-k logits and the mass of the rest."""
+    result = compute.run(
+        context,
+        "teacher_labels",
+        {"teacher_checkpoint": teacher_checkpoint, "training_sample": training_sample},
+        TeacherLabelsParameters(),
+    )
+    return materialization(result, metadata=row_count(result.manifest.metrics["offers"]))
+
+
+@dg.asset(
+    group_name=policies.TRAINING,
+    kinds={"scikitlearn"},
+    owners=[policies.ML_TEAM],
+    pool=policies.TRAINING_POOL,
+    code_version=STAGES["fast_checkpoint"].version,
+)
+def fast_checkpoint(
+    context: dg.AssetExecutionContext,
+    training_sample: ArtifactRef,
+    teacher_labels: ArtifactRef,
+    catalog_taxonomy: ArtifactRef,
+    compute: Compute,
+    tracking: Tracking,
+) -> dg.MaterializeResult:
+    """The traditional model: n-grams and a linear classifier, on human and confident teacher labels."""
+    result = compute.run(
+        context,
+        "fast_checkpoint",
+        {
+            "training_sample": training_sample,
+            "teacher_labels": teacher_labels,
+            "catalog_taxonomy": catalog_taxonomy,
+        },
+        FastModelParameters(),
+    )
+    tracking.record(result.manifest, result.ref)
+    return materialization(result)
+
+
+@dg.asset(
+    group_name=policies.TRAINING,
+    kinds={"pytorch", "huggingface"},
+    owners=[policies.ML_TEAM],
+    pool=policies.TRAINING_POOL,
+    code_version=STAGES["student_checkpoint"].version,
+)
+def student_checkpoint(
+    context: dg.AssetExecutionContext,
+    training_sample: ArtifactRef,
+    teacher_labels: ArtifactRef,
+    teacher_checkpoint: ArtifactRef,
+    catalog_taxonomy: ArtifactRef,
+    compute: Compute,
+    tracking: Tracking,
+    plan: TrainingPlan,
+) -> dg.MaterializeResult:
+    """Small pretrained encoder, distilled from the teacher: what serves the offers."""
+    result = compute.run(
+        context,
+        "student_checkpoint",
+        {
+            "training_sample": training_sample,
+            "teacher_labels": teacher_labels,
+            "teacher_checkpoint": teacher_checkpoint,
+            "catalog_taxonomy": catalog_taxonomy,
+        },
+        plan.student(),
+    )
+    return _trained(result, compute, tracking)
+
+
+def _trained(result: StageResult, compute: Compute, tracking: Tracking) -> dg.MaterializeResult:
+    """Record a training in the tracker and show its learning curve."""
+    from ml.plots import learning_curves
+
+    curve = _learning_curve(compute.folder(result.ref))
+    tracking.record(result.manifest, result.ref, learning_curve=curve)
+    return materialization(
+        result, metadata={"learning_curve": picture(learning_curves({result.ref.kind: curve}))}
+    )
+
+
+def _learning_curve(folder: Path) -> list[dict[str, Any]]:
+    return msgspec.json.decode((folder / "learning_curve.json").read_bytes(), type=list[dict[str, Any]])

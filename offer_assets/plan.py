@@ -1,0 +1,69 @@
+"""What the settings mean for each stage: the launchpad shows these fields, and a run may change them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import dagster as dg
+from pydantic import Field
+
+from ml.stages import (
+    EvaluationSetParameters,
+    StudentParameters,
+    TeacherParameters,
+    TrainingSampleParameters,
+)
+from resources.settings import Settings
+
+
+class TrainingPlan(dg.ConfigurableResource):
+    """How a model is trained; every field has its default from the settings."""
+
+    split_by: Literal["product", "shop"] = Field(description="What must not be on both sides of the split.")
+    encoder: str = Field(description="Teacher: 'packaged-minilm', a hub id or a local folder.")
+    instruction: str = Field(description="Put before every text, for instruction-tuned encoders.")
+    max_tokens: int = Field(description="Longer offer texts are cut to this many tokens.")
+    labelled_offers: int = Field(description="At most this many labelled offers in the sample.")
+    unlabelled_offers: int = Field(description="At most this many unlabelled offers in the sample.")
+    cap_per_category: int = Field(description="At most this many labelled offers of a category.")
+    teacher_epochs: int = Field(description="Passes of the teacher over the labelled offers.")
+    student_encoder: str = Field(description="'teacher' (layers of it) or an encoder as for the teacher.")
+    student_layers: int = Field(description="Encoder layers of the student.")
+    student_epochs: int = Field(description="Passes of the student over the teacher's labels.")
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> TrainingPlan:
+        """The plan that the settings describe."""
+        return cls(**{name: getattr(settings, name) for name in cls.model_fields})
+
+    def evaluation_set(self) -> EvaluationSetParameters:
+        """Parameters of ``evaluation_set``."""
+        return EvaluationSetParameters(split_by=self.split_by)
+
+    def training_sample(self) -> TrainingSampleParameters:
+        """Parameters of ``training_sample``; it holds out what the evaluation set may still take."""
+        return TrainingSampleParameters(
+            split_by=self.split_by,
+            evaluation_share=self.evaluation_set().share,
+            labelled=self.labelled_offers,
+            unlabelled=self.unlabelled_offers,
+            cap_per_category=self.cap_per_category,
+        )
+
+    def teacher(self) -> TeacherParameters:
+        """Parameters of ``teacher_checkpoint``."""
+        return TeacherParameters(
+            encoder=self.encoder,
+            instruction=self.instruction,
+            max_tokens=self.max_tokens,
+            epochs=self.teacher_epochs,
+        )
+
+    def student(self) -> StudentParameters:
+        """Parameters of ``student_checkpoint``."""
+        return StudentParameters(
+            encoder=self.student_encoder,
+            layers=self.student_layers,
+            max_tokens=self.max_tokens,
+            epochs=self.student_epochs,
+        )

@@ -1,0 +1,37 @@
+"""Policies that hold for the whole graph, each in one place."""
+
+from __future__ import annotations
+
+from ml.gate import GateLimits
+
+FEED = "feed"
+TRAINING = "training"
+EVALUATION = "evaluation"
+RELEASE = "release"
+OPERATION = "operation"
+"""Asset groups: the stages of an offer's way, from left to right."""
+
+DATA_TEAM = "team:data-engineering"
+ML_TEAM = "team:machine-learning"
+"""Owners: who is asked when an asset or a check fails."""
+
+TRAINING_POOL = "training"
+"""Heavy stages share this pool: `dagster.yaml` lets one of them run at a time."""
+
+GATE = GateLimits()
+"""What a student has to reach before it may serve."""
+
+QUARANTINE_WARNING_SHARE = 0.05
+"""A feed with more quarantined offers than this deserves a look."""
+
+QUARANTINE_ERROR_SHARE = 0.5
+"""A feed with more quarantined offers than this is not the feed it was."""
+
+DRIFTED_COLUMNS_LIMIT = 0.3
+"""From this share of drifted columns on, the day counts as drifted."""
+
+ENDPOINT_SAMPLE_OFFERS = 200
+"""Evaluation offers on which the endpoint has to answer like the artifact it serves."""
+
+RELEASE_CODE_VERSION = "1"
+"""Raised when registering or deploying comes to mean something else; the stages have their own versions."""

@@ -1,0 +1,318 @@
+"""All settings, from environment variables (and ``.env``), checked before anything starts.
+
+``.env.example`` lists them for people; a test holds it against this class.
+"""
+
+from __future__ import annotations
+
+import datetime
+import difflib
+import glob
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import unquote, urlsplit
+
+import msgspec
+from dotenv import dotenv_values
+from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from ml.errors import InputError
+from ml.stages import Parameters, StudentParameters, TeacherParameters, TrainingSampleParameters
+
+_ENV_FILE = ".env"
+_PREFIX = "OFFER_ASSETS_"
+_TRACKING_SCHEMES = (
+    "http",
+    "https",
+    "sqlite",
+    "postgresql",
+    "postgresql+psycopg2",
+    "mysql",
+    "mysql+pymysql",
+    "arn",
+)
+
+_PLAINER = {
+    "date_from_datetime_parsing": "must be an ISO date such as 2026-11-01",
+    "int_parsing": "must be a whole number",
+    "string_pattern_mismatch": "must have neither spaces nor / or :",
+}
+"""What pydantic says less plainly, by its name for the error."""
+
+
+class SettingsError(InputError):
+    """A setting is missing, wrong or contradicts another; the message names it in one line."""
+
+
+def _default(parameters: type[Parameters], name: str) -> Any:
+    """Default of a stage parameter: the stage's own is the only one."""
+    return next(field.default for field in msgspec.structs.fields(parameters) if field.name == name)
+
+
+def _existing_feed(value: str) -> str:
+    """A URI as it is; a local file, folder or glob as an absolute path, which must lead to something."""
+    path = local_path(value)
+    if path is None:
+        return value
+    pattern_leads_somewhere = any(glob.iglob(path, recursive=True))  # noqa: PTH207 (it is absolute)
+    if not Path(path).exists() and not pattern_leads_somewhere:
+        raise ValueError(f"points nowhere: nothing matches {path}")
+    return path
+
+
+def _existing_file(value: str) -> str:
+    """A URI as it is; a local path as an absolute one, which must be a file."""
+    path = local_path(value)
+    if path is None:
+        return value
+    if not Path(path).is_file():
+        raise ValueError(f"points nowhere: there is no file {path}")
+    return path
+
+
+def _existing_encoder(value: str) -> str:
+    """A name, hub id or URI as it is; what is plainly a path must be a folder and becomes absolute."""
+    path = local_path(value)
+    if path is None or not (value.startswith((".", "/", "~", "file:")) or Path(path).is_dir()):
+        return value
+    if not Path(path, "config.json").is_file():
+        raise ValueError(f"points nowhere: {path} is not a folder with an encoder (it has no config.json)")
+    return path
+
+
+def _absolute_folder(value: Path) -> Path:
+    folder = value.expanduser().absolute()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"must be a folder, but {folder} is a file")
+    return folder
+
+
+def _known_tracking_uri(value: str) -> str:
+    if value and value.split(":", maxsplit=1)[0] not in _TRACKING_SCHEMES:
+        raise ValueError("must be a URI such as https://mlflow.example.com or sqlite:////data/mlflow.db")
+    return value
+
+
+Encoder = Annotated[str, AfterValidator(_existing_encoder)]
+
+
+class Settings(BaseSettings):
+    """Everything that can be set, with its environment variable (the alias) and its default."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        env_file=_ENV_FILE,
+        env_ignore_empty=True,
+        case_sensitive=True,
+        extra="ignore",
+        populate_by_name=True,
+    )
+
+    offer_feed: Annotated[str, AfterValidator(_existing_feed)] = Field(
+        default="",
+        validation_alias="OFFER_FEED",
+        description="Offer feed: file, folder, glob or URI (Parquet, CSV, JSON lines, also gzipped). "
+        "Empty: the embedded demo feed.",
+    )
+    catalog_taxonomy: Annotated[str, AfterValidator(_existing_file)] = Field(
+        default="",
+        validation_alias="CATALOG_TAXONOMY",
+        description="Catalog taxonomy of that feed: CSV with category_id,parent_id,name[,name_<locale>...].",
+    )
+    home: Annotated[Path, AfterValidator(_absolute_folder)] = Field(
+        default=Path(".offer_assets"),
+        validation_alias="OFFER_ASSETS_HOME",
+        validate_default=True,
+        description="Folder of the artifacts, of Dagster's state and of the experiment tracking.",
+    )
+    environment: Literal["local", "aws"] = Field(
+        default="local",
+        validation_alias="OFFER_ASSETS_ENV",
+        description="Where it runs: local (this machine) or aws.",
+    )
+    first_day: datetime.date = Field(
+        default=datetime.date(2026, 11, 1),
+        validation_alias="OFFER_ASSETS_FIRST_DAY",
+        description="First daily partition (ISO date); older offers are not read.",
+    )
+    demo_days: int = Field(
+        default=3,
+        ge=1,
+        validation_alias="OFFER_ASSETS_DEMO_DAYS",
+        description="Days of the demo feed.",
+    )
+    demo_offers_per_day: int = Field(
+        default=12_000,
+        ge=1,
+        validation_alias="OFFER_ASSETS_DEMO_OFFERS_PER_DAY",
+        description="Offers on each day of the demo feed.",
+    )
+    demo_seed: int = Field(
+        default=17,
+        ge=0,
+        validation_alias="OFFER_ASSETS_DEMO_SEED",
+        description="Seed of the demo feed: the same seed gives the same offers.",
+    )
+    split_by: Literal["product", "shop"] = Field(
+        default=_default(TrainingSampleParameters, "split_by"),
+        validation_alias="OFFER_ASSETS_SPLIT_BY",
+        description="What must not be on both sides of the evaluation split: product or shop.",
+    )
+    labelled_offers: int = Field(
+        default=_default(TrainingSampleParameters, "labelled"),
+        ge=1,
+        validation_alias="OFFER_ASSETS_LABELLED_OFFERS",
+        description="At most this many labelled offers in the training sample.",
+    )
+    unlabelled_offers: int = Field(
+        default=_default(TrainingSampleParameters, "unlabelled"),
+        ge=0,
+        validation_alias="OFFER_ASSETS_UNLABELLED_OFFERS",
+        description="At most this many unlabelled offers in the training sample.",
+    )
+    cap_per_category: int = Field(
+        default=_default(TrainingSampleParameters, "cap_per_category"),
+        ge=1,
+        validation_alias="OFFER_ASSETS_CAP_PER_CATEGORY",
+        description="At most this many labelled offers of one category in the training sample.",
+    )
+    encoder: Encoder = Field(
+        default=_default(TeacherParameters, "encoder"),
+        validation_alias="OFFER_ASSETS_ENCODER",
+        description="Teacher's encoder: packaged-minilm, a hub id, a local folder or an S3 prefix, "
+        "e.g. intfloat/multilingual-e5-large-instruct.",
+    )
+    instruction: str = Field(
+        default=_default(TeacherParameters, "instruction"),
+        validation_alias="OFFER_ASSETS_INSTRUCTION",
+        description="Put before every text, as instruction-tuned encoders want it.",
+    )
+    max_tokens: int = Field(
+        default=_default(TeacherParameters, "max_tokens"),
+        ge=8,
+        le=512,
+        validation_alias="OFFER_ASSETS_MAX_TOKENS",
+        description="Longer offer texts are cut to this many tokens (8 to 512).",
+    )
+    teacher_epochs: int = Field(
+        default=_default(TeacherParameters, "epochs"),
+        ge=1,
+        validation_alias="OFFER_ASSETS_TEACHER_EPOCHS",
+        description="Teacher's passes over the labelled offers.",
+    )
+    student_encoder: Encoder = Field(
+        default=_default(StudentParameters, "encoder"),
+        validation_alias="OFFER_ASSETS_STUDENT_ENCODER",
+        description="Student's encoder: teacher (layers of the fine-tuned teacher), or as for the teacher, "
+        "e.g. microsoft/Multilingual-MiniLM-L12-H384.",
+    )
+    student_layers: int = Field(
+        default=_default(StudentParameters, "layers"),
+        ge=1,
+        validation_alias="OFFER_ASSETS_STUDENT_LAYERS",
+        description="Encoder layers that the student keeps.",
+    )
+    student_epochs: int = Field(
+        default=_default(StudentParameters, "epochs"),
+        ge=1,
+        validation_alias="OFFER_ASSETS_STUDENT_EPOCHS",
+        description="Student's passes over labelled and unlabelled offers.",
+    )
+    endpoint_port: int = Field(
+        default=8765,
+        ge=1,
+        le=65535,
+        validation_alias="OFFER_ASSETS_ENDPOINT_PORT",
+        description="Port of the local endpoint.",
+    )
+    endpoint_workers: int = Field(
+        default=2,
+        ge=1,
+        validation_alias="OFFER_ASSETS_ENDPOINT_WORKERS",
+        description="Worker processes of the local endpoint, one thread each.",
+    )
+    mlflow_tracking_uri: Annotated[str, AfterValidator(_known_tracking_uri)] = Field(
+        default="",
+        validation_alias="MLFLOW_TRACKING_URI",
+        description="MLflow server or database. Empty: an SQLite file in OFFER_ASSETS_HOME.",
+    )
+    model_name: str = Field(
+        default="offer-categories",
+        pattern=r"^[^/:\s]+$",
+        validation_alias="OFFER_ASSETS_MODEL_NAME",
+        description="Name of the model in the registry.",
+    )
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """Read and check all settings.
+
+        Raises:
+            SettingsError: one line that names the variable, its value and what is expected.
+        """
+        _reject_unknown(cls)
+        try:
+            return cls()
+        except ValidationError as error:
+            raise SettingsError("; ".join(_explain(cls, each) for each in error.errors())) from None
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether the offers come from the embedded demo feed."""
+        return not self.offer_feed
+
+    @property
+    def tracking_uri(self) -> str:
+        """Where MLflow keeps runs and models, with the default filled in."""
+        return self.mlflow_tracking_uri or f"sqlite:///{self.home / 'mlflow.db'}"
+
+    @model_validator(mode="after")
+    def _feed_and_taxonomy_belong_together(self) -> Self:
+        if bool(self.offer_feed) != bool(self.catalog_taxonomy):
+            given, missing = ("OFFER_FEED", "CATALOG_TAXONOMY")
+            if not self.offer_feed:
+                given, missing = missing, given
+            raise ValueError(
+                f"{missing} is missing: {given} is set, and the offers and their taxonomy belong together; "
+                "set both, or neither for the demo feed"
+            )
+        return self
+
+
+def local_path(source: str) -> str | None:
+    """Absolute local path (or glob) that ``source`` means; None where it is empty or a remote URI."""
+    if not source:
+        return None
+    if source.startswith("file:"):
+        return unquote(urlsplit(source).path)
+    if "://" in source:
+        return None
+    return str(Path(source).expanduser().absolute())
+
+
+def _reject_unknown(settings: type[Settings]) -> None:
+    """A misspelt setting must not be silently ignored."""
+    known = _variables(settings)
+    given = {**dotenv_values(_ENV_FILE), **os.environ}
+    for name in sorted(given):
+        if name.startswith(_PREFIX) and name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise SettingsError(
+                f"{name}={given[name]} is not a setting; did you mean {nearest}? (.env.example lists all)"
+            )
+
+
+def _variables(settings: type[Settings]) -> list[str]:
+    return [str(field.validation_alias) for field in settings.model_fields.values()]
+
+
+def _explain(settings: type[Settings], error: Any) -> str:
+    message = error["msg"].removeprefix("Value error, ").replace("Input should", "must")
+    if not error["loc"]:
+        return str(message)
+    name = str(error["loc"][0])
+    variable = name if name not in settings.model_fields else settings.model_fields[name].validation_alias
+    message = _PLAINER.get(error["type"], message)
+    return f"{variable}={error['input']} {message}"

@@ -1,0 +1,31 @@
+"""What all tests share: where real data lies, and what a missing system package means."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+def system_program(name: str) -> str:
+    """Path of a system program; without it the test is skipped, or fails where that is required (CI)."""
+    path = shutil.which(name)
+    if path is None:
+        reason = f"{name} is not installed"
+        if os.environ.get("REQUIRE_SYSTEM_PACKAGES"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return path
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder of real offers; tests that need it are skipped only where there is none at all."""
+    if not SHARED_DATA.parent.exists():
+        pytest.skip("no real data beside this checkout")
+    return SHARED_DATA

@@ -1,0 +1,123 @@
+"""One small demo run that the end-to-end tests look at, started, killed in mid-training, and finished."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SMALL = {
+    "OFFER_ASSETS_DEMO_DAYS": "2",
+    "OFFER_ASSETS_DEMO_OFFERS_PER_DAY": "2500",
+    "OFFER_ASSETS_LABELLED_OFFERS": "1000",
+    "OFFER_ASSETS_UNLABELLED_OFFERS": "500",
+    "OFFER_ASSETS_TEACHER_EPOCHS": "4",
+    "OFFER_ASSETS_STUDENT_EPOCHS": "6",
+    "OFFER_ASSETS_STUDENT_LAYERS": "3",
+    "OFFER_ASSETS_MAX_TOKENS": "32",
+    "OFFER_ASSETS_ENDPOINT_WORKERS": "1",
+}
+DEADLINE_SECONDS = 540
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def environment(home: Path, **settings: str) -> dict[str, str]:
+    """The environment of a product process: nothing of the caller's own settings."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("OFFER_", "CATALOG_", "DAGSTER_", "MLFLOW_"))
+    }
+    return {**kept, "OFFER_ASSETS_HOME": str(home), **settings}
+
+
+def run(arguments: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_SECONDS,
+    )
+
+
+def wait_for(condition, what: str, seconds: float = 120.0):
+    """The first true value of ``condition()``, polled until a deadline."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.1)
+    raise AssertionError(f"{what} did not happen within {seconds:.0f} s")
+
+
+@dataclass
+class Demo:
+    """A finished demo run."""
+
+    home: Path
+    env: dict[str, str]
+    output: str
+    killed_output: str
+
+    @property
+    def url(self) -> str:
+        return re.search(r"http://127\.0\.0\.1:\d+", self.output).group()
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
+    """The demo, killed with SIGKILL while the teacher learns, and started again."""
+    home = tmp_path_factory.mktemp("demo") / "home"
+    env = environment(home, **SMALL, OFFER_ASSETS_ENDPOINT_PORT=str(free_port()))
+    killed_output = start_and_kill_in_training(home, env)
+    finished = run(["offer_assets", "demo"], env)
+    try:
+        assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
+        yield Demo(home, env, finished.stdout + finished.stderr, killed_output)
+    finally:
+        run(["offer_assets", "stop"], env)
+
+
+def start_and_kill_in_training(home: Path, env: dict[str, str]) -> str:
+    """Start the demo, wait for the teacher's first checkpoint, kill every process of it."""
+    log = home.parent / "killed.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "offer_assets", "demo"],
+            cwd=ROOT,
+            env=env,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        wait_for(
+            lambda: process.poll() is not None or list(home.glob("work/teacher_checkpoint/*/checkpoints/*")),
+            "a checkpoint of the teacher",
+            DEADLINE_SECONDS,
+        )
+        assert process.poll() is None, log.read_text()[-4000:]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return log.read_text()

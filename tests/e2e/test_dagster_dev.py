@@ -1,0 +1,181 @@
+"""A real ``dagster dev``: webserver and daemon, driven through GraphQL and looked at in a browser."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.conftest import system_program
+
+from .conftest import ROOT, Demo, free_port, run, wait_for
+
+pytestmark = pytest.mark.xdist_group("demo")
+
+DAEMONS = "{ instance { daemonHealth { allDaemonStatuses { daemonType healthy required } } } }"
+LOCATION = 'repositoryLocationName: "offer_assets", repositoryName: "__repository__"'
+LAUNCH = """
+mutation ($job: String!, $partition: String!) {
+  launchRun(executionParams: {
+    selector: {LOCATION, jobName: $job},
+    executionMetadata: {tags: [{key: "dagster/partition", value: $partition}]}
+  }) {
+    __typename
+    ... on LaunchRunSuccess { run { runId } }
+    ... on PythonError { message }
+    ... on RunConfigValidationInvalid { errors { message } }
+  }
+}""".replace("LOCATION", LOCATION)
+RUN_STATUS = "query ($run: ID!) { runOrError(runId: $run) { ... on Run { status } } }"
+CHECKS = """
+{ assetNodes { assetKey { path } assetChecksOrError { ... on AssetChecks { checks {
+    name executionForLatestMaterialization { status evaluation { success description } } } } } } }"""
+SENSORS = """
+{ sensorsOrError(repositorySelector: {LOCATION}) { ... on Sensors { results {
+    name sensorState { status ticks(limit: 5) { status skipReason runIds } } } } } }""".replace(
+    "LOCATION", LOCATION
+)
+NEURON = """
+import dagster as dg
+from offer_assets.definitions import build_defs
+from offer_assets.instance import instance_for
+from resources.settings import Settings
+
+settings = Settings.from_environment()
+result = build_defs(settings).resolve_implicit_global_asset_job_def().execute_in_process(
+    asset_selection=[dg.AssetKey("compiled_student")],
+    partition_key="neuron",
+    instance=instance_for(settings),
+    raise_on_error=False,
+)
+print([e.step_failure_data.user_failure_data.description for e in result.all_events if e.is_step_failure])
+"""
+
+
+class Ui:
+    """The webserver's GraphQL."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def query(self, text: str, **variables: str) -> dict[str, Any]:
+        answer = httpx.post(
+            f"{self.url}/graphql", json={"query": text, "variables": variables}, timeout=60
+        ).json()
+        assert not answer.get("errors"), answer
+        return answer["data"]
+
+    def daemons_are_healthy(self) -> bool:
+        try:
+            statuses = self.query(DAEMONS)["instance"]["daemonHealth"]["allDaemonStatuses"]
+        except httpx.TransportError:
+            return False
+        required = [status["healthy"] for status in statuses if status["required"]]
+        return bool(required) and all(required)
+
+
+@pytest.fixture(scope="module")
+def ui(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ui]:
+    port = free_port()
+    log = tmp_path_factory.mktemp("dev") / "dev.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "offer_assets", "dev", "--port", str(port)],
+            cwd=ROOT,
+            env=demo.env,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    ui = Ui(f"http://127.0.0.1:{port}")
+    try:
+        wait_for(lambda: process.poll() is not None or ui.daemons_are_healthy(), "healthy daemons", 180)
+        assert process.poll() is None, log.read_text()[-4000:]
+        yield ui
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def finished(ui: Ui, run_id: str) -> str | None:
+    status: str = ui.query(RUN_STATUS, run=run_id)["runOrError"]["status"]
+    return status if status in {"SUCCESS", "FAILURE", "CANCELED"} else None
+
+
+def test_a_run_launched_through_the_ui_catalogues_a_day(ui: Ui, demo: Demo) -> None:
+    day = sorted(path.stem.removeprefix("offers-") for path in demo.home.glob("demo_feed/offers-*.parquet"))[
+        0
+    ]
+    launched = ui.query(LAUNCH, job="process_day", partition=day)["launchRun"]
+    assert launched["__typename"] == "LaunchRunSuccess", launched
+    run_id = launched["run"]["runId"]
+    assert wait_for(lambda: finished(ui, run_id), "the end of the run", 180) == "SUCCESS"
+
+
+def test_checks_show_their_numbers(ui: Ui) -> None:
+    checks = {
+        check["name"]: check["executionForLatestMaterialization"]
+        for node in ui.query(CHECKS)["assetNodes"]
+        for check in (node["assetChecksOrError"] or {}).get("checks", [])
+    }
+    assert len(checks) >= 12
+    assert checks["student_is_close_to_teacher"]["evaluation"]["success"] is True
+    assert "% of the teacher" in checks["student_is_close_to_teacher"]["evaluation"]["description"]
+
+
+def test_the_sensor_is_running_and_says_what_it_did(ui: Ui) -> None:
+    def ticks() -> list[dict[str, Any]]:
+        (sensor,) = ui.query(SENSORS)["sensorsOrError"]["results"]
+        assert sensor["name"] == "new_offers"
+        assert sensor["sensorState"]["status"] == "RUNNING"
+        return [tick for tick in sensor["sensorState"]["ticks"] if tick["status"] in {"SUCCESS", "SKIPPED"}]
+
+    tick = wait_for(ticks, "a tick of the sensor", 120)[0]
+    assert tick["runIds"] or "nothing new" in tick["skipReason"]
+
+
+def test_the_neuron_partition_says_what_it_needs(ui: Ui, demo: Demo) -> None:
+    answer = subprocess.run(
+        [sys.executable, "-c", NEURON], cwd=ROOT, env=demo.env, capture_output=True, text=True, timeout=180
+    )
+    assert "torch_neuronx" in answer.stdout, answer.stdout + answer.stderr[-3000:]
+
+
+@pytest.mark.browser
+def test_the_pages_look_as_they_should(ui: Ui, demo: Demo, tmp_path: Path) -> None:
+    """The asset graph, an asset's page with its plot, and a failed check, in a real browser."""
+    from playwright.sync_api import sync_playwright
+
+    chromium = system_program("chromium")
+    drifted = run(["offer_assets", "demo-drift"], demo.env)
+    assert drifted.returncode == 0, drifted.stderr[-2000:]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=chromium,
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"],
+        )
+        page = browser.new_page(viewport={"width": 1600, "height": 1000})
+        folder = Path(os.environ.get("SCREENSHOTS", tmp_path))
+        for name, path, text in (
+            ("graph", "/asset-groups", "teacher_checkpoint"),
+            ("asset", "/assets/student_evaluation?view=overview", "worst_categories"),
+            ("check", "/assets/drift_report?view=checks&checkDetail=no_drift", "columns drifted"),
+        ):
+            page.goto(ui.url + path)
+            page.get_by_text(text).first.wait_for(timeout=60_000)
+            page.screenshot(path=folder / f"{name}.png")
+            assert (folder / f"{name}.png").stat().st_size > 20_000
+        browser.close()

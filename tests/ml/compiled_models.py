@@ -1,0 +1,131 @@
+"""A real, small student (one MiniLM layer, 12 categories) and what it is compiled to; made once per run."""
+
+import fcntl
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ml.artifacts import MANIFEST, read_manifest, short_version, write_manifest
+from ml.encoder import Classifier, ClassifierSettings
+from ml.offers import TEXT_VERSION, offer_text
+from ml.runner import StageSpec, run_stage
+from ml.taxonomy import Taxonomy
+
+PRODUCTS = {
+    "kettle": "Bosch kettle 1.7 l stainless steel",
+    "toaster": "Philips toaster two slots white",
+    "phone": "Samsung Galaxy smartphone 128 GB",
+    "laptop": "Lenovo ThinkPad laptop 14 inch",
+    "shoe": "Adidas running shoes size 42",
+    "shirt": "cotton t-shirt for men blue",
+    "sofa": "three seat sofa grey fabric",
+    "lamp": "LED desk lamp dimmable",
+    "drill": "Makita cordless drill 18 V",
+    "hose": "garden hose 20 m green",
+    "bike": "city bike 28 inch seven gears",
+    "tent": "camping tent for four people",
+}
+TITLES = [f"{text} {word}" for text in PRODUCTS.values() for word in ("new", "offer", "2024", "XL", "used")]
+TAXONOMY_CSV = "category_id,parent_id,name\nall,,Everything\n" + "".join(
+    f"{category},all,{category.title()}\n" for category in PRODUCTS
+)
+
+
+@pytest.fixture(scope="session")
+def compiled_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the artifacts taxonomy, student, evaluation and compiled; do not write to it."""
+    base = tmp_path_factory.getbasetemp()
+    # Workers of one parallel run have neighbouring folders; the first makes the models for all.
+    root = (base.parent if base.name.startswith("popen-") else base) / "compiled-models"
+    with _locked(root.with_suffix(".lock")):
+        if not (root / "compiled").exists():
+            shutil.rmtree(root, ignore_errors=True)
+            _make(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def compiled_student(compiled_root: Path) -> Path:
+    """Artifact folder; do not write to it."""
+    return compiled_root / "compiled"
+
+
+@pytest.fixture
+def other_compiled_student(compiled_student: Path, tmp_path: Path) -> Path:
+    """The same model with another temperature: another version."""
+    folder = shutil.copytree(compiled_student, tmp_path / "other-compiled")
+    settings = msgspec.json.decode((folder / "model.json").read_bytes())
+    (folder / "model.json").write_bytes(msgspec.json.encode(settings | {"temperature": 3.0}))
+    return seal(folder, "compiled_student")
+
+
+def compile_spec(root: Path, output: Path, **parameters: object) -> StageSpec:
+    """How the student under ``root`` is compiled."""
+    return StageSpec(
+        stage="compiled_student",
+        inputs={
+            "student_checkpoint": str(root / "student"),
+            "evaluation_set": str(root / "evaluation"),
+            "catalog_taxonomy": str(root / "taxonomy"),
+        },
+        parameters=parameters,
+        output=str(output),
+        workspace=str(output.with_name(output.name + ".work")),
+    )
+
+
+def seal(folder: Path, kind: str) -> Path:
+    """Make an artifact of a folder."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    write_manifest(
+        folder,
+        kind=kind,
+        key="0" * 32,
+        inputs={},
+        code_version="1",
+        code_revision=None,
+        parameters={},
+        metrics={},
+        seconds=0.0,
+    )
+    return folder
+
+
+def _make(root: Path) -> None:
+    taxonomy = Taxonomy.parse_csv(TAXONOMY_CSV.encode(), "taxonomy.csv")
+    (root / "taxonomy").mkdir(parents=True)
+    taxonomy.write(root / "taxonomy" / "taxonomy.parquet")
+    seal(root / "taxonomy", "catalog_taxonomy")
+
+    settings = ClassifierSettings(
+        text_version=TEXT_VERSION,
+        taxonomy_version=short_version(read_manifest(root / "taxonomy").digest),
+        max_tokens=32,
+        temperature=0.5,
+    )
+    student = Classifier.from_encoder("packaged-minilm", list(PRODUCTS), settings).keep_layers(1)
+    student.initialise_head(list(PRODUCTS.values()), list(PRODUCTS), list(PRODUCTS))
+    (root / "student").mkdir()
+    student.save(root / "student")
+    taxonomy.write(root / "student" / "taxonomy.parquet")
+    seal(root / "student", "student_checkpoint")
+
+    (root / "evaluation").mkdir()
+    labels = [category for category in PRODUCTS for _ in range(5)]
+    texts = [offer_text({"title": title}) for title in TITLES]
+    pq.write_table(pa.table({"text": texts, "category_id": labels}), root / "evaluation" / "offers.parquet")
+    seal(root / "evaluation", "evaluation_set")
+    run_stage(compile_spec(root, root / "compiled"))
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

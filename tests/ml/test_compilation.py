@@ -1,0 +1,111 @@
+import sys
+import types
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ml.artifacts import read_manifest, verify
+from ml.encoder import Classifier
+from ml.errors import InputError
+from ml.predictor import CompiledModel
+from ml.runner import run_stage
+from tests.ml.compiled_models import TITLES, compile_spec, seal
+
+
+def test_the_compiled_student_agrees_with_the_original_and_is_a_quarter_of_its_size(compiled_student):
+    metrics = read_manifest(compiled_student).metrics
+    assert metrics["offers"] == len(TITLES)
+    assert metrics["same_category"] > 0.95
+    assert metrics["weighted_f1_original"] > 0.9
+    assert abs(metrics["weighted_f1_compiled"] - metrics["weighted_f1_original"]) < 0.05
+    assert 0 < metrics["mean_probability_difference"] <= metrics["max_probability_difference"] < 0.2
+    assert metrics["size_bytes"] < metrics["original_size_bytes"] / 3
+    assert metrics["offers_per_second"] > 0
+    assert metrics["original_offers_per_second"] > 0
+
+
+def test_the_compiled_student_is_a_complete_artifact(compiled_student):
+    assert set(verify(compiled_student, kind="compiled_student").files) == {
+        "labels.json",
+        "model.json",
+        "model.onnx",
+        "taxonomy.parquet",
+        "tokenizer.json",
+    }
+
+
+def test_logits_follow_the_original_for_every_length_of_text(compiled_root, compiled_student):
+    texts = ["tent", *TITLES[:3], " ".join(["sofa lamp"] * 40)]
+    expected = Classifier.load(compiled_root / "student").predict_logits(texts)
+    assert np.abs(CompiledModel(compiled_student).predict_logits(texts) - expected).max() < 0.1 * np.ptp(
+        expected
+    )
+
+
+def test_compiling_again_gives_the_same_bytes(compiled_root, compiled_student, tmp_path):
+    again = run_stage(compile_spec(compiled_root, tmp_path / "again", parity_offers=5))
+    assert again.metrics["offers"] == 5
+    assert again.digest == read_manifest(compiled_student).digest
+
+
+def test_the_graph_names_no_file_of_the_machine_that_made_it(compiled_student):
+    onnx.checker.check_model(onnx.load(compiled_student / "model.onnx"))
+    assert b".py" not in (compiled_student / "model.onnx").read_bytes()
+
+
+def test_a_taxonomy_the_student_was_not_trained_on_is_refused(compiled_root, tmp_path):
+    other = tmp_path / "taxonomy"
+    other.mkdir()
+    (other / "taxonomy.parquet").write_bytes(
+        (compiled_root / "taxonomy" / "taxonomy.parquet").read_bytes() + b"\0"
+    )
+    seal(other, "catalog_taxonomy")
+    spec = compile_spec(compiled_root, tmp_path / "out")
+    spec.inputs["catalog_taxonomy"] = str(other)
+    with pytest.raises(InputError, match="was trained on taxonomy"):
+        run_stage(spec)
+
+
+def test_an_empty_evaluation_set_is_refused(compiled_root, tmp_path):
+    empty = tmp_path / "evaluation"
+    empty.mkdir()
+    schema = pa.schema({"text": pa.string(), "category_id": pa.string()})
+    pq.write_table(schema.empty_table(), empty / "offers.parquet")
+    seal(empty, "evaluation_set")
+    spec = compile_spec(compiled_root, tmp_path / "out")
+    spec.inputs["evaluation_set"] = str(empty)
+    with pytest.raises(InputError, match="has no offers"):
+        run_stage(spec)
+
+
+def test_target_neuron_says_what_it_needs(compiled_root, tmp_path):
+    with pytest.raises(InputError, match=r"torch_neuronx 2\.9\.x .* torch_neuronx is not installed"):
+        run_stage(compile_spec(compiled_root, tmp_path / "out", target="neuron"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("version", "can_trace", "said"),
+    [
+        ("0.0.1", False, "torch_neuronx 0.0.1 cannot trace"),
+        ("2.9.0.2.15.32035", False, "cannot trace"),
+        ("3.0.0", True, "cannot trace"),
+        ("2.9.0.2.15.32035", True, "compiles for cpu only"),
+    ],
+)
+def test_a_placeholder_is_told_from_the_neuron_sdk(
+    version, can_trace, said, compiled_root: Path, tmp_path: Path, monkeypatch
+):
+    module = types.ModuleType("torch_neuronx")
+    module.__spec__ = types.SimpleNamespace(name="torch_neuronx")
+    if can_trace:
+        module.trace = object()
+    monkeypatch.setitem(sys.modules, "torch_neuronx", module)
+    monkeypatch.setattr(metadata, "version", lambda name: version)
+    with pytest.raises(InputError, match=said):
+        run_stage(compile_spec(compiled_root, tmp_path / "out", target="neuron"))

@@ -1,0 +1,289 @@
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from sklearn.metrics import f1_score
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import BertConfig, BertModel
+
+import ml.evaluation
+from ml.encoder import Classifier, ClassifierSettings
+from ml.errors import InputError
+from ml.evaluation import evaluate_student
+from ml.gate import GateLimits, student_is_close_to_teacher, student_is_not_worse_than_production
+from ml.offers import CLEAN_SCHEMA, TEXT_VERSION
+from ml.progress import Progress
+from ml.runner import StageContext
+from ml.stages import EvaluationParameters
+from ml.taxonomy import Taxonomy
+
+PARENTS = {"home": "", "lamp": "home", "sofa": "home", "garden": "", "hose": "garden", "gift": ""}
+LABELS = ["gift", "hose", "lamp", "sofa"]
+PNG = b"\x89PNG\r\n"
+
+
+class Scripted:
+    """A model that answers each text as its folder's ``answers.json`` says, with confidence 0.9."""
+
+    loaded: ClassVar[list[str]] = []
+
+    def __init__(self, folder: Path):
+        self.labels, self.answers = json.loads((folder / "answers.json").read_text())
+        self.loaded.append(folder.name)
+
+    @classmethod
+    def load(cls, folder, *_):
+        return cls(folder)
+
+    def predict_probabilities(self, texts, *_):
+        probabilities = np.full((len(texts), len(self.labels)), 0.1 / (len(self.labels) - 1), np.float32)
+        for row, text in enumerate(texts):
+            probabilities[row, self.labels.index(self.answers[text])] = 0.9
+        return probabilities
+
+
+class Bench:
+    """Inputs of the stage in a folder; runs it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.inputs: dict[str, Path] = {}
+        self.rows: list[dict] = []
+        source = folder / "taxonomy.csv"
+        lines = [f"{category},{parent},{category.title()}" for category, parent in PARENTS.items()]
+        source.write_text("category_id,parent_id,name\n" + "\n".join(lines) + "\n", encoding="utf-8")
+        taxonomy = self.add("catalog_taxonomy")
+        Taxonomy.read_csv(str(source)).write(taxonomy / "taxonomy.parquet")
+
+    def add(self, name):
+        self.inputs[name] = self.folder / name
+        self.inputs[name].mkdir()
+        return self.inputs[name]
+
+    def evaluation_set(self, truth):
+        self.rows = [
+            {
+                "offer_id": f"o{number:03}",
+                "shop_id": "s",
+                "title": f"title {number}",
+                "country": ["DE", "AT", None][number % 3],
+                "product_id": f"p{number // 2}",
+                "category_id": category,
+                "text": f"text {number}",
+            }
+            for number, category in enumerate(truth)
+        ]
+        schema = CLEAN_SCHEMA.append(pa.field("text", pa.string()))
+        table = pa.Table.from_pylist(self.rows, schema)
+        pq.write_table(table, self.add("evaluation_set") / "offers.parquet")
+
+    def model(self, name, predicted, labels=LABELS):
+        answers = {row["text"]: category for row, category in zip(self.rows, predicted, strict=True)}
+        (self.add(name) / "answers.json").write_text(json.dumps([labels, answers]))
+        return self.inputs[name]
+
+    def run(self, **parameters):
+        output, checkpoints = self.folder / "output", self.folder / "checkpoints"
+        output.mkdir(exist_ok=True)
+        checkpoints.mkdir(exist_ok=True)
+        context = StageContext(self.inputs, output, checkpoints, Progress("test"))
+        metrics = evaluate_student(context, EvaluationParameters(bootstrap=50, **parameters))
+        return metrics, json.loads((output / "evaluation.json").read_text()), output
+
+
+TRUTH = ["lamp"] * 30 + ["sofa"] * 20 + ["hose"] * 8 + ["gift"] * 2
+STUDENT = ["lamp"] * 28 + ["sofa"] * 2 + ["sofa"] * 20 + ["lamp"] * 4 + ["hose"] * 4 + ["gift", "sofa"]
+TEACHER = ["lamp"] * 29 + ["sofa"] * 21 + ["hose"] * 8 + ["gift"] * 2
+FAST = ["lamp"] * 60
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    for name in ("Classifier", "FastModel", "Predictor"):
+        monkeypatch.setattr(ml.evaluation, name, Scripted)
+    monkeypatch.setattr(Scripted, "loaded", [])
+    bench = Bench(tmp_path)
+    bench.evaluation_set(TRUTH)
+    bench.model("student_checkpoint", STUDENT)
+    bench.model("teacher_checkpoint", TEACHER)
+    bench.model("fast_checkpoint", FAST)
+    return bench
+
+
+def add_production(bench, predicted, labels=LABELS, text_version=TEXT_VERSION):
+    folder = bench.model("production_model", predicted, labels)
+    (folder / "model.json").write_text(json.dumps({"text_version": text_version}))
+
+
+def test_the_flat_figures_are_those_of_scikit_learn(bench):
+    metrics, _, _ = bench.run()
+    assert metrics["offers"] == 60
+    assert metrics["categories"] == 4
+    for name, predicted in (("student", STUDENT), ("teacher", TEACHER), ("fast", FAST)):
+        for average in ("weighted", "macro"):
+            expected = f1_score(TRUTH, predicted, average=average, zero_division=0)
+            assert metrics[f"{name}_{average}_f1"] == pytest.approx(expected, abs=1e-6)
+        right = np.mean([a == b for a, b in zip(TRUTH, predicted, strict=True)])
+        assert metrics[f"{name}_accuracy"] == pytest.approx(right, abs=1e-6)
+        assert metrics[f"{name}_ece"] == pytest.approx(abs(0.9 - right), abs=1e-6)
+        assert metrics[f"{name}_offers_per_second"] > 0
+    share = metrics["student_weighted_f1"] / metrics["teacher_weighted_f1"]
+    assert metrics["student_share_of_teacher"] == pytest.approx(share, abs=1e-5)
+    assert "student_minus_production" not in metrics
+
+
+def test_levels_score_ancestors_and_their_mean_is_the_leading_figure(bench):
+    metrics, evaluation, _ = bench.run()
+    roots = {"lamp": "home", "sofa": "home", "hose": "garden", "gift": "gift"}
+    expected = f1_score(
+        [roots[c] for c in TRUTH], [roots[c] for c in STUDENT], average="weighted", zero_division=0
+    )
+    assert metrics["student_weighted_f1_level_1"] == pytest.approx(expected, abs=1e-6)
+    assert metrics["student_weighted_f1_level_2"] == metrics["student_weighted_f1"]
+    mean = (metrics["student_weighted_f1_level_1"] + metrics["student_weighted_f1_level_2"]) / 2
+    assert metrics["student_mean_weighted_f1"] == pytest.approx(mean, abs=1e-6)
+    assert len(evaluation["models"]["student"]["levels"]) == 2
+
+
+def test_tables_name_the_best_and_worst_categories_and_what_they_are_taken_for(bench):
+    _, evaluation, _ = bench.run()
+    worst = evaluation["worst_categories"]
+    assert [row["category_id"] for row in worst] == ["hose", "lamp", "sofa"]  # two gifts are too few
+    assert worst[0]["path"] == "Garden > Hose"
+    assert worst[0]["recall"] == 0.5
+    assert worst[0]["mostly_taken_for"] == "Home > Lamp"
+    assert [row["category_id"] for row in evaluation["best_categories"]] == ["sofa", "lamp", "hose"]
+
+
+def test_countries_are_scored_apart_and_offers_without_one_are_not_lost(bench):
+    _, evaluation, _ = bench.run()
+    countries = evaluation["models"]["student"]["countries"]
+    assert {name: row["offers"] for name, row in countries.items()} == {"DE": 20, "AT": 20, "unknown": 20}
+
+
+def test_predictions_hold_one_row_per_offer_in_order(bench):
+    add_production(bench, TEACHER)
+    _, _, output = bench.run()
+    table = pq.read_table(output / "predictions.parquet")
+    assert table["offer_id"].to_pylist() == [row["offer_id"] for row in bench.rows]
+    assert table["category_id"].to_pylist() == TRUTH
+    assert table["student_category_id"].to_pylist() == STUDENT
+    assert table["production_category_id"].to_pylist() == TEACHER
+    assert table["fast_confidence"].to_pylist() == pytest.approx([0.9] * 60)
+
+
+def test_pictures_are_written_with_bands_and_curves_where_there_is_something_to_draw(bench):
+    assert {path.name for path in bench.run()[2].glob("*.png")} == {"reliability.png", "countries.png"}
+    sample = bench.add("training_sample")
+    labelled = {"category_id": ["lamp"] * 150 + ["sofa"] * 20 + ["gift"], "split": ["train"] * 171}
+    pq.write_table(pa.table(labelled), sample / "labelled.parquet")
+    curve = [{"step": 10 * n, "epoch": n, "loss": 3 / n, "validation_loss": 2 / n} for n in (1, 2, 3)]
+    (bench.inputs["student_checkpoint"] / "learning_curve.json").write_text(json.dumps(curve))
+    _, evaluation, output = bench.run()
+    bands = {band["band"]: band for band in evaluation["models"]["student"]["size_bands"]}
+    assert {name: band["offers"] for name, band in bands.items()} == {
+        "0": 8,
+        "1-9": 2,
+        "10-99": 20,
+        "100+": 30,
+    }
+    pictures = {path.name: path.read_bytes() for path in output.glob("*.png")}
+    assert set(pictures) == {"reliability.png", "countries.png", "size_bands.png", "learning_curves.png"}
+    assert all(content.startswith(PNG) for content in pictures.values())
+
+
+def test_the_student_is_compared_with_production_and_the_gate_reads_the_result(bench):
+    add_production(bench, TEACHER)
+    metrics, _, _ = bench.run()
+    difference = metrics["production_weighted_f1"] - metrics["student_weighted_f1"]
+    assert metrics["student_minus_production"] == pytest.approx(-difference, abs=1e-5)
+    assert metrics["student_minus_production_low"] < metrics["student_minus_production"]
+    assert metrics["student_minus_production"] < metrics["student_minus_production_high"]
+    assert not student_is_not_worse_than_production(metrics, GateLimits()).passed
+    assert not student_is_close_to_teacher(metrics, GateLimits()).passed
+    assert student_is_close_to_teacher(metrics, GateLimits(min_share_of_teacher=0.85)).passed
+
+
+def test_a_category_that_production_does_not_know_or_that_is_gone_counts_as_a_mistake(bench):
+    old = ["retired" if category == "hose" else category for category in TRUTH]
+    add_production(bench, old, labels=["gift", "lamp", "retired", "sofa"])
+    metrics, _, _ = bench.run()
+    assert metrics["production_unknown_labels"] == 8
+    assert metrics["production_accuracy"] == pytest.approx(52 / 60, abs=1e-6)
+    assert metrics["student_unknown_labels"] == 0
+
+
+def test_production_that_reads_another_text_is_left_out_and_said_so(bench):
+    add_production(bench, TEACHER, text_version="0")
+    metrics, evaluation, _ = bench.run()
+    assert "student_minus_production" not in metrics
+    assert "production_model" not in Scripted.loaded
+    assert metrics["production_not_comparable"].startswith("it reads offer text version 0")
+    assert evaluation["production_not_comparable"] == metrics["production_not_comparable"]
+    assert not student_is_not_worse_than_production(metrics, GateLimits()).passed
+
+
+def test_a_killed_run_asks_only_the_models_that_had_not_answered(bench, monkeypatch):
+    def killed(folder):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr(ml.evaluation, "FastModel", SimpleNamespace(load=killed))
+        with pytest.raises(KeyboardInterrupt):
+            bench.run()
+    assert Scripted.loaded == ["student_checkpoint", "teacher_checkpoint"]
+    metrics, _, _ = bench.run()
+    assert Scripted.loaded == ["student_checkpoint", "teacher_checkpoint", "fast_checkpoint"]
+    assert metrics["student_weighted_f1"] > 0
+
+
+def test_the_same_inputs_give_the_same_figures(bench):
+    add_production(bench, TEACHER)
+    first, second = bench.run()[0], bench.run()[0]
+    assert first == second
+
+
+def test_an_empty_evaluation_set_is_an_input_error(tmp_path):
+    bench = Bench(tmp_path)
+    bench.evaluation_set([])
+    with pytest.raises(InputError, match=r"offers\.parquet holds no offers"):
+        bench.run()
+
+
+def test_a_stored_classifier_is_loaded_and_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(ml.evaluation, "FastModel", Scripted)
+    bench = Bench(tmp_path)
+    bench.evaluation_set(TRUTH)
+    bench.model("fast_checkpoint", FAST)
+    torch.manual_seed(0)
+    words = ["[PAD]", "[UNK]", "text", *map(str, range(60))]
+    tokenizer = Tokenizer(WordLevel({word: place for place, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        max_position_embeddings=16,
+    )
+    settings = ClassifierSettings(text_version=TEXT_VERSION, taxonomy_version="t", max_tokens=8)
+    model = Classifier(BertModel(config), torch.nn.Linear(8, 4), tokenizer, LABELS, settings)
+    for name in ("student_checkpoint", "teacher_checkpoint"):
+        model.save(bench.add(name))
+    metrics, _, output = bench.run(batch_size=7)
+    probabilities = Classifier.load(bench.inputs["student_checkpoint"]).predict_probabilities(
+        [row["text"] for row in bench.rows]
+    )
+    expected = [LABELS[index] for index in probabilities.argmax(axis=1)]
+    assert pq.read_table(output / "predictions.parquet")["student_category_id"].to_pylist() == expected
+    assert metrics["student_minus_teacher"] == 0.0
+    assert metrics["student_share_of_teacher"] == 1.0

