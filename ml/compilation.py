@@ -2,7 +2,7 @@
 
 For the target ``cpu`` that is an int8 ONNX graph for ONNX Runtime, weights quantised per output
 channel beforehand, activations per text as it runs. The graph takes one text (see
-:mod:`ml.predictor` for why) and no mask: there is nothing to mask.
+:mod:`ml.predictor` for why), so its mask is all ones and there is nothing to pad.
 """
 
 from __future__ import annotations

@@ -33,6 +33,9 @@ LEAST_OFFERS = 100
 _CHUNK_OFFERS = 512
 _CHANCE = 0.999
 _MOVES_SHOWN = 5
+_MOVES_SAID = 3
+_LEAST_OF_LARGEST = 0.25
+"""A sentence names a further segment if it moved at least this much, measured by the largest."""
 _BREAKDOWNS = ("country", "shop", "top_category")
 _LEAST_SEGMENT_SHARE = 0.05
 _LEAST_SEGMENT_OFFERS = 30
@@ -274,13 +277,22 @@ def _report(
 
 def _what_moved(column: Column, moves: Sequence[Move], breakdowns: dict[str, Column]) -> str:
     if column.reference_values is not None and column.current_values is not None:
-        before = _median(column.reference_values, column.reference)
-        after = _median(column.current_values, column.current)
-        if np.isfinite([before, after]).all():
+        before = _known(column.reference_values, column.reference)
+        after = _known(column.current_values, column.current)
+        if len(before) and len(after):
             unit = f" {column.unit}" if column.unit else ""
-            return f"median {before:.3g} → {after:.3g}{unit}{_most_in(column, breakdowns)}"
-    move = moves[0]
-    return f"{move.segment} {move.reference_share:.1%} → {move.current_share:.1%} of offers"
+            average, middle = "median", (np.median(before), np.median(after))
+            if middle[0] == middle[1]:  # of a column that is mostly zero, for instance
+                average, middle = "mean", (before.mean(), after.mean())
+            return f"{average} {middle[0]:.3g} → {middle[1]:.3g}{unit}{_most_in(column, breakdowns)}"
+    said = [move for move in moves if move.contribution >= moves[0].contribution * _LEAST_OF_LARGEST]
+    return (
+        ", ".join(
+            f"{move.segment} {move.reference_share:.1%} → {move.current_share:.1%}"
+            for move in said[:_MOVES_SAID]
+        )
+        + " of offers"
+    )
 
 
 def _most_in(column: Column, breakdowns: dict[str, Column]) -> str:
@@ -305,9 +317,10 @@ def _most_in(column: Column, breakdowns: dict[str, Column]) -> str:
     return f", most in {title} {segment} ({medians[0]:.3g} → {medians[1]:.3g})"
 
 
-def _median(values: Floats, segments: Sequence[str | None]) -> float:
-    known = values[~np.isnan(values) & np.array([segment is not None for segment in segments])]
-    return float(np.median(known)) if len(known) else float("nan")
+def _known(values: Floats, segments: Sequence[str | None]) -> Floats:
+    """The values that are there and compared."""
+    known: Floats = values[~np.isnan(values) & np.array([segment is not None for segment in segments])]
+    return known
 
 
 def _too_few(day: str, offers: int, reference_offers: int) -> DriftReport:

@@ -313,12 +313,8 @@ def _report(
     taxonomy: Taxonomy,
     training_counts: dict[str, int] | None,
 ) -> ModelReport:
-    def ancestor_at(category_id: str, level: int) -> str:
-        ancestors = taxonomy.ancestors(category_id) if category_id in taxonomy else [category_id]
-        return ancestors[min(level, len(ancestors)) - 1]
-
     predicted = answers.category_ids
-    levels = scores_by_level(truth, predicted, ancestor_at, taxonomy.levels)
+    levels = scores_by_level(truth, predicted, taxonomy.ancestor_at, taxonomy.levels)
     return ModelReport(
         overall=scores(truth, predicted),
         levels=levels,

@@ -130,20 +130,34 @@ def student_is_not_worse_than_production(metrics: Mapping[str, Any], limits: Gat
 
 
 def compiled_matches_uncompiled(metrics: Mapping[str, Any], limits: GateLimits) -> Proposition:
-    """The compiled model answers like the original on the same offers, and is as good."""
+    """The compiled model answers like the original on the same offers, and is as good.
+
+    Few offers say little: agreement counts as too low when even the upper end of its 95 % interval
+    (Wilson 1927) is under the limit.
+    """
     same, offers = _number(metrics, "same_category"), _number(metrics, "offers")
+    upper = _wilson_upper(same, offers)
     loss = _number(metrics, "weighted_f1_original") - _number(metrics, "weighted_f1_compiled")
     return Proposition(
         name="compiled_matches_uncompiled",
         passed=offers >= 1
-        and same >= limits.min_same_category_compiled
+        and upper >= limits.min_same_category_compiled
         and loss <= limits.max_f1_loss_compiled,
         value=same,
         limit=limits.min_same_category_compiled,
-        sentence=f"Compiled and original agree on {same:.1%} of {offers:,.0f} offers (at least "
-        f"{limits.min_same_category_compiled:.1%} wanted), weighted F1 changes by {-loss:+.4f} "
-        f"(a loss of {limits.max_f1_loss_compiled:.4f} is allowed).",
+        sentence=f"Compiled and original agree on {same:.1%} of {offers:,.0f} offers (up to {upper:.1%} with "
+        f"95 % confidence, at least {limits.min_same_category_compiled:.1%} wanted), weighted F1 changes by "
+        f"{-loss:+.4f} (a loss of {limits.max_f1_loss_compiled:.4f} is allowed).",
     )
+
+
+def _wilson_upper(share: float, trials: float, z: float = 1.96) -> float:
+    """Upper end of Wilson's score interval for a share that was seen in so many trials."""
+    if trials < 1:
+        return math.nan
+    centre = share + z * z / (2 * trials)
+    spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    return (centre + spread) / (1 + z * z / trials)
 
 
 def _number(metrics: Mapping[str, Any], name: str) -> float:

@@ -18,7 +18,12 @@ _SIZE_INCHES = (7.0, 4.2)
 _DOTS_PER_INCH = 130
 _MOST_BARS = 12
 _LOSS = "loss"
-_CURVE_NAMES = {_LOSS: "training loss", "validation_loss": "validation loss"}
+_CURVE_NAMES = {
+    _LOSS: "training loss",
+    "validation_loss": "validation loss",
+    "validation_weighted_f1": "weighted F1",
+    "validation_agreement_with_teacher": "agreement with teacher",
+}
 _LINE_STYLES = {
     _LOSS: "-",
     "validation_loss": "--",
@@ -45,7 +50,7 @@ def learning_curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> byte
                 _LINE_STYLES.get(figure, ":"),
                 color=colour,
                 marker="o" if len(drawn) == 1 else "",
-                label=f"{name}: {_CURVE_NAMES.get(figure) or figure.removeprefix('validation_').replace('_', ' ')}",
+                label=f"{name}: {_CURVE_NAMES.get(figure, figure.removeprefix('validation_'))}",
             )
     losses.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
     quality.set(xlabel="epoch", ylabel="on validation offers")

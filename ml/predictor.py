@@ -7,7 +7,7 @@ its neighbours and their padding. Alone, a text has one answer on a given CPU, i
 any process.
 
 That costs little. Three layers of MiniLM, 27 tokens on average, one thread of a shared AVX-512 VNNI
-core: 1,480 texts/s one by one, 1,635 in length-sorted batches of 8, 1,590 in batches of 32; in
+core: about 1,400 texts/s one by one, 1,635 in length-sorted batches of 8, 1,590 in batches of 32; in
 batches the best category of 15 % of the texts changed (random output layer, narrow margins).
 """
 

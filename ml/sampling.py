@@ -22,37 +22,13 @@ import pyarrow.parquet as pq
 from ml.errors import InputError
 from ml.offers import CLEAN_SCHEMA, TEXT_VERSION, offer_texts
 from ml.runner import StageContext
+from ml.split import PRODUCT_KEYS, SPLIT_FILE, Split
 from ml.stages import EvaluationSetParameters, TrainingSampleParameters
-from ml.validation_split import PRODUCT_KEYS, write_splits
-
-SPLIT_FILE = "split.json"
+from ml.validation_split import write_splits
 
 _TEXT_FIELD = pa.field("text", pa.string())
 _BATCH_OFFERS = 10_000
 _MEMORY_LIMIT = "1GB"
-
-
-class Split(msgspec.Struct, frozen=True, kw_only=True):
-    """How evaluation and training are kept apart; travels with the evaluation set as ``split.json``."""
-
-    split_by: str
-    share: float
-    seed: int
-    training_only: list[str]
-    """Groups that are trained on whatever their hash says, because a category has no other offers."""
-
-    @classmethod
-    def read(cls, evaluation_set: Path) -> Split:
-        """The split of an evaluation set folder.
-
-        Raises:
-            InputError: the folder holds none that can be read.
-        """
-        path = evaluation_set / SPLIT_FILE
-        try:
-            return msgspec.json.decode(path.read_bytes(), type=cls)
-        except (FileNotFoundError, msgspec.DecodeError) as error:
-            raise InputError(f"{path} cannot be read ({error}); make the evaluation set anew") from None
 
 
 def write_evaluation_set(context: StageContext, parameters: EvaluationSetParameters) -> dict[str, Any]:
@@ -155,7 +131,7 @@ def write_training_sample(context: StageContext, parameters: TrainingSampleParam
             [split.training_only],
         )
         _collect_measured(
-            database, _keyed(f"read_parquet({_literal(evaluation_set / 'offers.parquet')})", split)
+            database, split.keyed(f"read_parquet({_literal(evaluation_set / 'offers.parquet')})")
         )
         _choose_labelled(database, parameters, split)
         _check_learnable(database)
@@ -221,25 +197,10 @@ def _see_offers(database: duckdb.DuckDBPyConnection, context: StageContext, spli
     ]
     taxonomy = context.input("catalog_taxonomy") / "taxonomy.parquet"
     database.execute(f"CREATE TEMP VIEW delivered AS {' UNION ALL BY NAME '.join(days)}")
-    database.execute(f"CREATE TEMP VIEW keyed AS {_keyed('delivered', split)}")
+    database.execute(f"CREATE TEMP VIEW keyed AS {split.keyed('delivered')}")
     database.execute(
         f"CREATE TEMP TABLE category AS SELECT category_id FROM read_parquet({_literal(taxonomy)})"
     )
-
-
-def _keyed(source: str, split: Split) -> str:
-    """A query that adds to ``source`` the keys, ``product``, ``group_key``, ``held_out`` and ``draw``."""
-    keys = ", ".join(f"{sql} AS {name}" for name, sql in PRODUCT_KEYS.items())
-    # An MD5 is a uniform number written in hexadecimal, so comparing text compares numbers.
-    limit = "g" if split.share >= 1 else format(int(split.share * 2**64), "016x")
-    group = "'shop:' || shop_id" if split.split_by == "shop" else "product"
-    return f"""
-        SELECT *,
-            md5('{split.seed}:held out:' || group_key) < '{limit}' AS held_out,
-            md5('{split.seed}:offer:' || offer_id) AS draw
-        FROM (SELECT *, {group} AS group_key FROM (SELECT *,
-            coalesce('product:' || product_key, 'gtin:' || gtin_key, 'title:' || title_key) AS product
-            FROM (SELECT *, {keys} FROM {source})))"""
 
 
 def _collect_labelled(database: duckdb.DuckDBPyConnection) -> None:
@@ -279,7 +240,7 @@ def _keep_previous(database: duckdb.DuckDBPyConnection, previous: Path | None, s
         else "(SELECT * FROM delivered LIMIT 0)"
     )
     database.execute(
-        f"CREATE TEMP TABLE kept AS {_keyed(source, split)} SEMI JOIN category USING (category_id)"
+        f"CREATE TEMP TABLE kept AS {split.keyed(source)} SEMI JOIN category USING (category_id)"
     )
     _collect_measured(database, "SELECT * FROM kept")
     return _scalar(database, f"SELECT count(*) FROM {source}") - _scalar(
@@ -299,11 +260,10 @@ def _free_unlearnable_categories(database: duckdb.DuckDBPyConnection, split: Spl
     database.execute(f"""
         CREATE TEMP TABLE open_candidate AS
         SELECT * FROM labelled
-        ANTI JOIN training_only USING (group_key)
         ANTI JOIN (SELECT offer_id FROM kept) USING (offer_id)
         {_sharing_nothing_with("(FROM labelled SEMI JOIN training_only USING (group_key))", PRODUCT_KEYS)}
         WHERE held_out""")
-    shared = _shared_columns(split)
+    shared = split.shared_columns
     database.execute(f"""
         CREATE TEMP TABLE freed AS
         WITH trainable AS (SELECT * FROM labelled {_not_measured(shared)}),
@@ -319,7 +279,6 @@ def _free_unlearnable_categories(database: duckdb.DuckDBPyConnection, split: Spl
     database.execute(f"""
         CREATE TEMP TABLE candidate AS
         SELECT * FROM open_candidate
-        ANTI JOIN training_only USING (group_key)
         {_sharing_nothing_with("(FROM labelled SEMI JOIN training_only USING (group_key))", PRODUCT_KEYS)}""")
 
 
@@ -342,23 +301,30 @@ def _choose_labelled(
 ) -> None:
     """Tables ``eligible`` and ``labelled_chosen``.
 
+    A product that people labelled differently gives each label its turn, the rarest category first.
     Ordered by place in the category over the square root of the category's size, the first offers
     of all categories come first, and from there on each gets room like the root of what it has.
     """
     database.execute(f"""
         CREATE TEMP TABLE eligible AS
-        SELECT * FROM labelled {_not_measured(_shared_columns(split))}
+        SELECT * FROM labelled {_not_measured(split.shared_columns)}
         WHERE NOT held_out OR group_key IN (FROM training_only)""")
     database.execute(f"""
         CREATE TEMP TABLE labelled_chosen AS
-        SELECT offer_id, delivered_on, category_id FROM (
-            SELECT *, least(count(*) OVER (PARTITION BY category_id), {parameters.cap_per_category}) AS size
-            FROM (SELECT *, row_number() OVER (
-                    PARTITION BY category_id ORDER BY copies_before, draw, offer_id) AS place
-                FROM (SELECT *, row_number() OVER (
-                        PARTITION BY product ORDER BY draw, offer_id) AS copies_before
-                    FROM eligible)
-                WHERE copies_before <= {parameters.cap_per_product}))
+        WITH sized AS (
+            SELECT *, count(*) OVER (PARTITION BY category_id) AS available,
+                row_number() OVER (PARTITION BY product, category_id ORDER BY draw, offer_id) AS copies_before
+            FROM eligible),
+        of_product AS (
+            SELECT *, row_number() OVER (
+                PARTITION BY product ORDER BY copies_before, available, draw, offer_id) AS place_in_product
+            FROM sized),
+        of_category AS (
+            SELECT *, row_number() OVER (
+                PARTITION BY category_id ORDER BY place_in_product, draw, offer_id) AS place
+            FROM of_product WHERE place_in_product <= {parameters.cap_per_product})
+        SELECT offer_id, delivered_on, category_id, place, count(*) OVER (PARTITION BY category_id) AS size
+        FROM of_category
         WHERE place <= {parameters.cap_per_category}
         ORDER BY (place - 1) / sqrt(size), draw, offer_id
         LIMIT {parameters.labelled}""")
@@ -382,7 +348,7 @@ def _choose_unlabelled(
         "unlabelled",
         f"""SELECT * FROM keyed
             ANTI JOIN (SELECT offer_id FROM labelled) USING (offer_id)
-            {_not_measured(_shared_columns(split))}
+            {_not_measured(split.shared_columns)}
             WHERE NOT held_out OR group_key IN (FROM training_only)""",
         parameters.unlabelled,
         parameters.seed,
@@ -413,11 +379,6 @@ def _rows_of(chosen: str) -> str:
 
 
 # SQL
-
-
-def _shared_columns(split: Split) -> list[str]:
-    """What must not be on both sides."""
-    return [*PRODUCT_KEYS, "shop_id"] if split.split_by == "shop" else list(PRODUCT_KEYS)
 
 
 def _collect_measured(database: duckdb.DuckDBPyConnection, query: str) -> None:

@@ -113,7 +113,7 @@ class EncoderChoice(Parameters, frozen=True, kw_only=True):
 class TeacherParameters(EncoderChoice, frozen=True, kw_only=True):
     """Parameters of ``teacher_checkpoint``."""
 
-    epochs: Annotated[Count, Meta(description="Passes over the labelled offers.")] = 3
+    epochs: Annotated[Count, Meta(description="Passes over the labelled offers.")] = 2
     batch_size: Count = 32
     learning_rate: Annotated[float, Meta(gt=0, description="Peak rate of the encoder (AdamW).")] = 1e-4
     head_learning_rate: Annotated[float, Meta(gt=0, description="Peak rate of the output layer.")] = 3e-3
@@ -147,7 +147,7 @@ class StudentParameters(Parameters, frozen=True, kw_only=True):
     max_tokens: Annotated[
         int, Meta(ge=8, le=512, description="Longer texts are cut to this many tokens.")
     ] = 48
-    epochs: Annotated[Count, Meta(description="Passes over labelled and unlabelled offers.")] = 4
+    epochs: Annotated[Count, Meta(description="Passes over labelled and unlabelled offers.")] = 3
     batch_size: Count = 32
     learning_rate: Annotated[float, Meta(gt=0, description="Peak rate of the encoder (AdamW).")] = 2e-4
     head_learning_rate: Annotated[float, Meta(gt=0, description="Peak rate of the output layer.")] = 1e-3

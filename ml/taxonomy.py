@@ -227,6 +227,11 @@ class Taxonomy:
             path.append(parent_id)
         return path[::-1]
 
+    def ancestor_at(self, category_id: str, level: int) -> str:
+        """The ancestor at ``level`` (1: root); the category itself where it is less deep, or unknown."""
+        ancestors = self.ancestors(category_id) if category_id in self else [category_id]
+        return ancestors[min(level, len(ancestors)) - 1]
+
     def path(self, category_id: str, locale: str | None = None) -> str:
         """Names from the root down to the category: ``"Home > Kitchen > Kettles"``."""
         return PATH_SEPARATOR.join(self.name(ancestor, locale) for ancestor in self.ancestors(category_id))

@@ -1,4 +1,4 @@
-"""Which labelled offers are kept for validation, and by which keys offers count as one product."""
+"""Which labelled offers are kept for validation."""
 
 from __future__ import annotations
 
@@ -15,18 +15,11 @@ import pyarrow.parquet as pq
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from ml.split import PRODUCT_KEYS
 from ml.stages import TrainingSampleParameters
 
 _FEW_OFFERS = 10
 """Categories with fewer labelled offers than this are reported: they are hardly learnable."""
-
-_NORMALISED_TITLE = r"lower(trim(regexp_replace(nfc_normalize(title), '[\s\p{Z}\p{Cc}]+', ' ', 'g')))"
-PRODUCT_KEYS = {
-    "product_key": "nullif(trim(product_id), '')",
-    "gtin_key": "nullif(ltrim(trim(gtin), '0'), '')",
-    "title_key": f"md5({_NORMALISED_TITLE})",
-}
-"""Two offers that share one of these are taken for the same product. Nulls share nothing."""
 
 
 def write_splits(path: Path, parameters: TrainingSampleParameters) -> dict[str, int]:

@@ -101,7 +101,7 @@ class _Terminal(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         event: dg.DagsterEvent | None = getattr(record, "dagster_meta", {}).get("dagster_event")
         if event is None:
-            if record.levelno >= logging.WARNING:
+            if record.levelno >= logging.WARNING and "Dependencies for step" not in record.getMessage():
                 _say(f"    {record.getMessage().rsplit(' - ', 1)[-1]}")
         elif event.event_type == DagsterEventType.STEP_START and event.step_key is not None:
             self._started_at[event.step_key] = time.monotonic()

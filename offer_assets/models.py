@@ -60,7 +60,8 @@ def teacher_labels(
         {"teacher_checkpoint": teacher_checkpoint, "training_sample": training_sample},
         TeacherLabelsParameters(),
     )
-    return materialization(result, metadata=row_count(result.manifest.metrics["offers"]))
+    metrics = result.manifest.metrics
+    return materialization(result, metadata=row_count(metrics["labelled"] + metrics["unlabelled"]))
 
 
 @dg.asset(

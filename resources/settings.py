@@ -144,7 +144,7 @@ class Settings(BaseSettings):
         description="Days of the demo feed.",
     )
     demo_offers_per_day: int = Field(
-        default=12_000,
+        default=8_000,
         ge=1,
         validation_alias="OFFER_ASSETS_DEMO_OFFERS_PER_DAY",
         description="Offers on each day of the demo feed.",
