@@ -29,7 +29,7 @@ from sklearn.pipeline import FeatureUnion, make_pipeline
 from sklearn.svm import LinearSVC
 
 from benchmarks.report import save, show
-from ml.metrics import scores, scores_by_level
+from ml.evaluation.metrics import scores, scores_by_level
 from ml.taxonomy import Taxonomy
 from resources.artifact_store import FolderArtifactStore
 

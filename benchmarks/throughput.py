@@ -23,11 +23,11 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from benchmarks.report import save, show
-from ml.encoder import Classifier
-from ml.fast_model import FastModel
+from ml.learning.encoder import Classifier
+from ml.learning.fast_model import FastModel
 from ml.offers import offer_text
-from ml.predictor import Predictor
-from ml.predictor_pool import PredictorPool
+from ml.serving.pool import PredictorPool
+from ml.serving.predictor import Predictor
 from resources.environment import resources_for
 from resources.settings import Settings
 

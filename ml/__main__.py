@@ -43,9 +43,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for stage in STAGES.values():
         _add_stage(commands, stage)
-    _add_program(commands, "classify", "ml.classify", "Assign a category to every offer of a feed file.")
-    _add_program(commands, "serve", "ml.serving", "Answer /ping and /invocations with a compiled model.")
-    _add_program(commands, "demo-feed", "ml.demo_feed", "Write days of the demo feed, and its taxonomies.")
+    _add_program(
+        commands, "classify", "ml.serving.classify", "Assign a category to every offer of a feed file."
+    )
+    _add_program(
+        commands, "serve", "ml.serving.server", "Answer /ping and /invocations with a compiled model."
+    )
+    _add_program(commands, "demo-feed", "ml.demo.feed", "Write days of the demo feed, and its taxonomies.")
     return parser
 
 

@@ -67,7 +67,7 @@ class EvaluationSetParameters(Parameters, frozen=True, kw_only=True):
         Meta(description="What must not be on both sides of the split: a product or a shop."),
     ] = "product"
     share: Annotated[Share, Meta(description="Share of products (or shops) held out.")] = 0.15
-    cap_per_category: Annotated[Count, Meta(description="At most this many offers of a category.")] = 50
+    cap_per_category: Annotated[Count, Meta(description="At most this many offers of a category.")] = 200
     seed: Seed = 17
 
 
@@ -86,7 +86,7 @@ class TrainingSampleParameters(Parameters, frozen=True, kw_only=True):
     ] = 400
     cap_per_product: Annotated[Count, Meta(description="At most this many labelled offers of a product.")] = 6
     labelled: Annotated[Count, Meta(description="At most this many labelled offers in all.")] = 12_000
-    unlabelled: Annotated[int, Meta(ge=0, description="At most this many unlabelled offers.")] = 6_000
+    unlabelled: Annotated[int, Meta(ge=0, description="At most this many unlabelled offers.")] = 4_000
     reference: Annotated[
         Count, Meta(description="Offers of the uniform sample that drift is measured against.")
     ] = 5_000
@@ -147,7 +147,7 @@ class StudentParameters(Parameters, frozen=True, kw_only=True):
     max_tokens: Annotated[
         int, Meta(ge=8, le=512, description="Longer texts are cut to this many tokens.")
     ] = 48
-    epochs: Annotated[Count, Meta(description="Passes over labelled and unlabelled offers.")] = 3
+    epochs: Annotated[Count, Meta(description="Passes over labelled and unlabelled offers.")] = 2
     batch_size: Count = 32
     learning_rate: Annotated[float, Meta(gt=0, description="Peak rate of the encoder (AdamW).")] = 2e-4
     head_learning_rate: Annotated[float, Meta(gt=0, description="Peak rate of the output layer.")] = 1e-3
@@ -251,7 +251,7 @@ _CATALOGUE = (
         name="raw_offers",
         version="1",
         summary="Take the offers of one day from the feed, exactly as delivered.",
-        entry_point="ml.feed:write_raw_offers",
+        entry_point="ml.feed.reading:write_raw_offers",
         parameters=RawOffersParameters,
     ),
     Stage(
@@ -266,7 +266,7 @@ _CATALOGUE = (
         name="evaluation_set",
         version="1",
         summary="Extend the fixed evaluation set by what it does not cover yet.",
-        entry_point="ml.sampling:write_evaluation_set",
+        entry_point="ml.sampling.stages:write_evaluation_set",
         parameters=EvaluationSetParameters,
         inputs=("catalog_taxonomy",),
         optional_inputs=("previous",),
@@ -276,7 +276,7 @@ _CATALOGUE = (
         name="training_sample",
         version="1",
         summary="Draw the capped training sample, apart from everything in the evaluation set.",
-        entry_point="ml.sampling:write_training_sample",
+        entry_point="ml.sampling.stages:write_training_sample",
         parameters=TrainingSampleParameters,
         inputs=("catalog_taxonomy", "evaluation_set"),
         partitioned_inputs=("offers",),
@@ -285,7 +285,7 @@ _CATALOGUE = (
         name="teacher_checkpoint",
         version="1",
         summary="Fine-tune the large encoder on the labelled offers.",
-        entry_point="ml.teacher:train_teacher",
+        entry_point="ml.learning.teacher:train_teacher",
         parameters=TeacherParameters,
         inputs=("training_sample", "catalog_taxonomy"),
         heavy=True,
@@ -294,7 +294,7 @@ _CATALOGUE = (
         name="teacher_labels",
         version="1",
         summary="Let the teacher label labelled and unlabelled offers (top-k logits).",
-        entry_point="ml.labelling:write_teacher_labels",
+        entry_point="ml.learning.labelling:write_teacher_labels",
         parameters=TeacherLabelsParameters,
         inputs=("teacher_checkpoint", "training_sample"),
         heavy=True,
@@ -303,7 +303,7 @@ _CATALOGUE = (
         name="fast_checkpoint",
         version="1",
         summary="Train the traditional model: n-grams and a linear classifier.",
-        entry_point="ml.fast_model:train_fast_model",
+        entry_point="ml.learning.fast_model:train_fast_model",
         parameters=FastModelParameters,
         inputs=("training_sample", "teacher_labels", "catalog_taxonomy"),
         heavy=True,
@@ -312,7 +312,7 @@ _CATALOGUE = (
         name="student_checkpoint",
         version="1",
         summary="Distil the teacher into a small encoder.",
-        entry_point="ml.student:train_student",
+        entry_point="ml.learning.student:train_student",
         parameters=StudentParameters,
         inputs=("training_sample", "teacher_labels", "teacher_checkpoint", "catalog_taxonomy"),
         heavy=True,
@@ -321,7 +321,7 @@ _CATALOGUE = (
         name="student_evaluation",
         version="1",
         summary="Measure teacher, student, fast model and the version in production on the evaluation set.",
-        entry_point="ml.evaluation:evaluate_student",
+        entry_point="ml.evaluation.stage:evaluate_student",
         parameters=EvaluationParameters,
         inputs=(
             "evaluation_set",
@@ -337,7 +337,7 @@ _CATALOGUE = (
         name="compiled_student",
         version="1",
         summary="Compile the student for a target and compare it with the original.",
-        entry_point="ml.compilation:compile_student",
+        entry_point="ml.serving.compilation:compile_student",
         parameters=CompileParameters,
         inputs=("student_checkpoint", "evaluation_set", "catalog_taxonomy"),
         heavy=True,
@@ -346,7 +346,7 @@ _CATALOGUE = (
         name="catalogued_offers",
         version="1",
         summary="Catalogue the clean offers of a day through the endpoint.",
-        entry_point="ml.cataloguing:catalogue_offers",
+        entry_point="ml.serving.cataloguing:catalogue_offers",
         parameters=CataloguedOffersParameters,
         inputs=("offers", "compiled_student"),
         heavy=True,
@@ -355,7 +355,7 @@ _CATALOGUE = (
         name="drift_report",
         version="1",
         summary="Hold a day of catalogued offers against the reference of the training sample.",
-        entry_point="ml.drift:write_drift_report",
+        entry_point="ml.drift.report:write_drift_report",
         parameters=DriftParameters,
         inputs=("catalogued_offers", "offers", "training_sample", "compiled_student"),
         heavy=True,

@@ -9,7 +9,7 @@ from typing import Any
 import dagster as dg
 from dagster import PreviewWarning
 
-from ml.gate import Proposition
+from ml.evaluation.gate import Proposition
 
 
 def partitioned_check(

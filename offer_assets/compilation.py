@@ -2,8 +2,8 @@
 
 import dagster as dg
 
-from ml import gate
 from ml.artifacts import ArtifactRef
+from ml.evaluation import gate
 from ml.stages import STAGES, CompileParameters
 from offer_assets import policies
 from offer_assets.checks import check_result, partitioned_check

@@ -6,8 +6,8 @@ from typing import Any
 import dagster as dg
 import msgspec
 
-from ml import gate
 from ml.artifacts import ArtifactRef
+from ml.evaluation import gate
 from ml.stages import STAGES, EvaluationParameters
 from offer_assets import policies
 from offer_assets.checks import check_result
@@ -30,6 +30,7 @@ def student_evaluation(
     student_checkpoint: ArtifactRef,
     teacher_checkpoint: ArtifactRef,
     fast_checkpoint: ArtifactRef,
+    training_sample: ArtifactRef,
     compute: Compute,
     tracking: Tracking,
 ) -> dg.MaterializeResult:
@@ -40,6 +41,7 @@ def student_evaluation(
         "student_checkpoint": student_checkpoint,
         "teacher_checkpoint": teacher_checkpoint,
         "fast_checkpoint": fast_checkpoint,
+        "training_sample": training_sample,
     }
     production = tracking.production()
     if (

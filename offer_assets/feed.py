@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import dagster as dg
 
 from ml.artifacts import ArtifactRef
+from ml.evaluation.verification import conservation, unknown_labels
 from ml.offers import FEED_COLUMNS, REASONS
 from ml.stages import STAGES, OffersParameters, RawOffersParameters
-from ml.verification import conservation, unknown_labels
 from offer_assets import policies
 from offer_assets.checks import partitioned_check
 from offer_assets.metadata import (

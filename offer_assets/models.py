@@ -128,7 +128,7 @@ def student_checkpoint(
 
 def _trained(result: StageResult, compute: Compute, tracking: Tracking) -> dg.MaterializeResult:
     """Record a training in the tracker and show its learning curve."""
-    from ml.plots import learning_curves
+    from ml.evaluation.plots import learning_curves
 
     curve = _learning_curve(compute.folder(result.ref))
     tracking.record(result.manifest, result.ref, learning_curve=curve)

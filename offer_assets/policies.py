@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ml.gate import GateLimits
+from ml.evaluation.gate import GateLimits
 
 FEED = "feed"
 TRAINING = "training"
@@ -27,8 +27,8 @@ QUARANTINE_WARNING_SHARE = 0.05
 QUARANTINE_ERROR_SHARE = 0.5
 """A feed with more quarantined offers than this is not the feed it was."""
 
-DRIFTED_COLUMNS_LIMIT = 0.3
-"""From this share of drifted columns on, the day counts as drifted."""
+DRIFT_ERROR_SHARE = 0.3
+"""One drifted column is a warning; from this share of them on, the day is not what the model knows."""
 
 ENDPOINT_SAMPLE_OFFERS = 200
 """Evaluation offers on which the endpoint has to answer like the artifact it serves."""

@@ -3,8 +3,8 @@
 import dagster as dg
 import pyarrow.parquet as pq
 
-from ml import gate
 from ml.artifacts import ArtifactRef
+from ml.evaluation import gate
 from offer_assets import policies
 from offer_assets.metadata import table
 from offer_assets.partitions import CPU
@@ -103,7 +103,7 @@ def endpoint_answers_the_same(
     offer_endpoint: ArtifactRef, evaluation_set: ArtifactRef, compute: Compute, endpoints: Endpoints
 ) -> dg.AssetCheckResult:
     """Over HTTP, the endpoint gives the categories that the artifact gives in this process."""
-    from ml.predictor import Predictor
+    from ml.serving.predictor import Predictor
 
     table_file = compute.folder(evaluation_set) / "offers.parquet"
     offers = pq.read_table(table_file).slice(0, policies.ENDPOINT_SAMPLE_OFFERS).to_pylist()

@@ -3,8 +3,8 @@
 import dagster as dg
 
 from ml.artifacts import ArtifactRef
+from ml.evaluation.verification import shared_groups, unknown_labels
 from ml.stages import STAGES
-from ml.verification import shared_groups, unknown_labels
 from offer_assets import policies
 from offer_assets.metadata import materialization, offer_schema, row_count
 from offer_assets.plan import TrainingPlan

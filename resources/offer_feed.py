@@ -112,7 +112,7 @@ class OfferFeed(dg.ConfigurableResource["OfferFeed"]):
         Raises:
             InputFailure: the feed leads to no file at all.
         """
-        from ml.feed import discover_files
+        from ml.feed.reading import discover_files
 
         self.prepare()
         return [self._seen(uri) for uri in discover_files(self.feed)]
@@ -142,7 +142,7 @@ class OfferFeed(dg.ConfigurableResource["OfferFeed"]):
         return _today()
 
     def _seen(self, uri: str) -> SeenFile:
-        from ml.feed import fingerprint
+        from ml.feed.reading import fingerprint
 
         try:
             seen = fingerprint(uri)
@@ -154,7 +154,7 @@ class OfferFeed(dg.ConfigurableResource["OfferFeed"]):
         return self._first_look(uri, seen)
 
     def _first_look(self, uri: str, fingerprint: str) -> SeenFile:
-        from ml.feed import profile_file
+        from ml.feed.reading import profile_file
 
         try:
             found = profile_file(uri)
@@ -224,7 +224,7 @@ class DemoOfferFeed(OfferFeed):
 
     @override
     def prepare(self) -> None:
-        from ml.demo_feed import DemoFeed, days_in, feed_in
+        from ml.demo.feed import DemoFeed, days_in, feed_in
 
         wanted = DemoFeed(seed=self.seed, offers_per_day=self.offers_per_day)
         with self._lock():
@@ -257,7 +257,7 @@ class DemoOfferFeed(OfferFeed):
         Raises:
             InputFailure: that day would be in the future.
         """
-        from ml.demo_feed import days_in, feed_in
+        from ml.demo.feed import days_in, feed_in
 
         self.prepare()
         with self._lock():

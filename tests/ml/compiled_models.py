@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ml.artifacts import MANIFEST, read_manifest, short_version, write_manifest
-from ml.encoder import Classifier, ClassifierSettings
+from ml.learning.encoder import Classifier, ClassifierSettings
 from ml.offers import TEXT_VERSION, offer_text
 from ml.runner import StageSpec, run_stage
 from ml.taxonomy import Taxonomy

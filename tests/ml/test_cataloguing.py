@@ -12,14 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ml import cataloguing
 from ml.artifacts import read_manifest, short_version
-from ml.cataloguing import EndpointUnavailableError
 from ml.errors import InputError
 from ml.offers import CLEAN_SCHEMA, offer_text
-from ml.predictor import PREDICTION_SCHEMA, Prediction, Predictor, prediction_table
 from ml.progress import Progress
 from ml.runner import StageSpec, run_stage
+from ml.serving import cataloguing
+from ml.serving.cataloguing import EndpointUnavailableError
+from ml.serving.predictor import PREDICTION_SCHEMA, Prediction, Predictor, prediction_table
 from tests.ml.compiled_models import TITLES, seal
 from tests.ml.test_serving import serving
 

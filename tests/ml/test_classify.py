@@ -10,9 +10,9 @@ import pytest
 
 from ml import __main__ as command_line
 from ml.artifacts import read_manifest, short_version
-from ml.classify import OUTPUT_SCHEMA, classify, model_folder
 from ml.errors import InputError
-from ml.predictor import Predictor
+from ml.serving.classify import OUTPUT_SCHEMA, classify, model_folder
+from ml.serving.predictor import Predictor
 from tests.ml.compiled_models import TITLES
 
 COLUMNS = ["offer_id", "category_id", "category_path", "confidence", "model_version", "taxonomy_version"]
@@ -61,8 +61,8 @@ def test_offers_that_cannot_be_classified_stay_with_their_reason(compiled_studen
 
 
 def test_several_files_and_batches_are_one_feed(compiled_student, tmp_path, monkeypatch):
-    monkeypatch.setattr("ml.classify._BATCH_OFFERS", 7)
-    monkeypatch.setattr("ml.classify._ROW_GROUP_OFFERS", 20)
+    monkeypatch.setattr("ml.serving.classify._BATCH_OFFERS", 7)
+    monkeypatch.setattr("ml.serving.classify._ROW_GROUP_OFFERS", 20)
     folder = tmp_path / "feed"
     folder.mkdir()
     for part in range(2):

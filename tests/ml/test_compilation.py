@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from ml.artifacts import read_manifest, verify
-from ml.encoder import Classifier
 from ml.errors import InputError
-from ml.predictor import CompiledModel
+from ml.learning.encoder import Classifier
 from ml.runner import run_stage
+from ml.serving.predictor import CompiledModel
 from tests.ml.compiled_models import TITLES, compile_spec, seal
 
 

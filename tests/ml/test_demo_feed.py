@@ -8,13 +8,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ml import demo_offers
 from ml.__main__ import main as ml_main
-from ml.demo_catalog import Category, categories, kinds
-from ml.demo_dirt import DIRT, HUGE_TITLE_BYTES
-from ml.demo_feed import DemoFeed, days_in, feed_in, main
-from ml.demo_products import KindTables
-from ml.demo_words import BAD_DATES, BAD_PRICES, CONTROL_CHARACTERS, COUNTRIES, LANGUAGES, UNKNOWN_CATEGORIES
+from ml.demo import offers as demo_offers
+from ml.demo.catalog import Category, categories, kinds
+from ml.demo.dirt import DIRT, HUGE_TITLE_BYTES
+from ml.demo.feed import DemoFeed, days_in, feed_in, main
+from ml.demo.products import KindTables
+from ml.demo.words import BAD_DATES, BAD_PRICES, CONTROL_CHARACTERS, COUNTRIES, LANGUAGES, UNKNOWN_CATEGORIES
 from ml.errors import InputError
 from ml.offers import FEED_COLUMNS
 from ml.taxonomy import Taxonomy

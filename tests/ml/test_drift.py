@@ -4,13 +4,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import ml.drift
-from ml.drift import chance_distance, write_drift_report
-from ml.drift_columns import MISSING, NEW, OTHER, name_segments, number_segments
+import ml.drift.report
+from ml.drift.columns import MISSING, NEW, OTHER, name_segments, number_segments
+from ml.drift.report import chance_distance, write_drift_report
 from ml.offers import CLEAN_SCHEMA
-from ml.predictor import Prediction
 from ml.progress import Progress
 from ml.runner import StageContext
+from ml.serving.predictor import Prediction
 from ml.stages import DriftParameters
 
 COUNTRIES = ["DE", "AT", "FR", "IT", "NL", "PL"]
@@ -80,7 +80,9 @@ def report(tmp_path, monkeypatch):
 
     def run(reference, current, trained=(), **parameters):
         monkeypatch.setattr(
-            ml.drift.Predictor, "load", staticmethod(lambda folder, threads=1: OraclePredictor(reference))
+            ml.drift.report.Predictor,
+            "load",
+            staticmethod(lambda folder, threads=1: OraclePredictor(reference)),
         )
         sample = tmp_path / "training_sample"
         write_offers(reference, sample / "reference.parquet")

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from ml.encoder import Classifier, ClassifierSettings
 from ml.errors import InputError
+from ml.learning.encoder import Classifier, ClassifierSettings
 from ml.offers import TEXT_VERSION
 from tests.ml.tiny_models import WORDS_OF, offer_rows, tiny_encoder
 

@@ -14,11 +14,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, BertModel
 
-import ml.evaluation
-from ml.encoder import Classifier, ClassifierSettings
+import ml.evaluation.stage
 from ml.errors import InputError
-from ml.evaluation import evaluate_student
-from ml.gate import GateLimits, student_is_close_to_teacher, student_is_not_worse_than_production
+from ml.evaluation.gate import GateLimits, student_is_close_to_teacher, student_is_not_worse_than_production
+from ml.evaluation.stage import evaluate_student
+from ml.learning.encoder import Classifier, ClassifierSettings
 from ml.offers import CLEAN_SCHEMA, TEXT_VERSION
 from ml.progress import Progress
 from ml.runner import StageContext
@@ -108,7 +108,7 @@ FAST = ["lamp"] * 60
 @pytest.fixture
 def bench(tmp_path, monkeypatch):
     for name in ("Classifier", "FastModel", "Predictor"):
-        monkeypatch.setattr(ml.evaluation, name, Scripted)
+        monkeypatch.setattr(ml.evaluation.stage, name, Scripted)
     monkeypatch.setattr(Scripted, "loaded", [])
     bench = Bench(tmp_path)
     bench.evaluation_set(TRUTH)
@@ -236,7 +236,7 @@ def test_a_killed_run_asks_only_the_models_that_had_not_answered(bench, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as broken:
-        broken.setattr(ml.evaluation, "FastModel", SimpleNamespace(load=killed))
+        broken.setattr(ml.evaluation.stage, "FastModel", SimpleNamespace(load=killed))
         with pytest.raises(KeyboardInterrupt):
             bench.run()
     assert Scripted.loaded == ["student_checkpoint", "teacher_checkpoint"]
@@ -259,7 +259,7 @@ def test_an_empty_evaluation_set_is_an_input_error(tmp_path):
 
 
 def test_a_stored_classifier_is_loaded_and_asked(tmp_path, monkeypatch):
-    monkeypatch.setattr(ml.evaluation, "FastModel", Scripted)
+    monkeypatch.setattr(ml.evaluation.stage, "FastModel", Scripted)
     bench = Bench(tmp_path)
     bench.evaluation_set(TRUTH)
     bench.model("fast_checkpoint", FAST)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from ml.artifacts import read_manifest, short_version, verify
-from ml.calibration import softmax
 from ml.errors import InputError
-from ml.fast_model import _CHUNK_TEXTS, FastModel
+from ml.learning.calibration import softmax
+from ml.learning.fast_model import _CHUNK_TEXTS, FastModel
 from tests.ml.tiny_models import WORDS_OF, distillation_inputs, make, offer_rows
 
 STAGE_INPUTS = ("training_sample", "teacher_labels", "catalog_taxonomy")
@@ -95,7 +95,7 @@ def test_training_again_gives_the_same_bytes(inputs: dict[str, Path], tmp_path: 
 
 
 def test_answering_needs_no_torch() -> None:
-    code = "import sys, ml.fast_model; sys.exit('torch' in sys.modules)"
+    code = "import sys, ml.learning.fast_model; sys.exit('torch' in sys.modules)"
     assert (
         subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode
         == 0

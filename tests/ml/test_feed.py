@@ -17,10 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ml import feed_rows
 from ml.errors import InputError
-from ml.feed import discover_files, fingerprint, profile_file, read_batches, write_raw_offers
-from ml.feed_rows import FEED_COLUMN_NAMES, RAW_SCHEMA
+from ml.feed import rows as feed_rows
+from ml.feed.reading import discover_files, fingerprint, profile_file, read_batches, write_raw_offers
+from ml.feed.rows import FEED_COLUMN_NAMES, RAW_SCHEMA
 from ml.progress import Progress
 from ml.runner import StageContext
 from ml.stages import FeedFile, RawOffersParameters

@@ -1,8 +1,8 @@
 import pytest
 
-from ml import gate
 from ml.errors import InputError
-from ml.gate import GateLimits, judge
+from ml.evaluation import gate
+from ml.evaluation.gate import GateLimits, judge
 
 EVALUATION = {
     "student_weighted_f1": 0.86,

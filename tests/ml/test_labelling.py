@@ -7,10 +7,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from ml.calibration import softmax
-from ml.encoder import Classifier
 from ml.errors import InputError
-from ml.labelling import LABELS_SCHEMA, check_same_offers, read_teacher_labels
+from ml.learning.calibration import softmax
+from ml.learning.encoder import Classifier
+from ml.learning.labelling import LABELS_SCHEMA, check_same_offers, read_teacher_labels
 from tests.ml.tiny_models import TINY_TEACHER, distillation_inputs, make, tiny_encoder, tiny_inputs
 
 TEACHER_EPOCHS = {"epochs": 1}

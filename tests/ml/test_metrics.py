@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as oracle
 
-from ml.metrics import (
+from ml.evaluation.metrics import (
     calibration,
     class_scores,
     paired_bootstrap,

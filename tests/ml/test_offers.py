@@ -16,8 +16,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ml import offers
-from ml.feed import write_raw_offers
-from ml.feed_rows import FEED_COLUMN_NAMES
+from ml.feed.reading import write_raw_offers
+from ml.feed.rows import FEED_COLUMN_NAMES
 from ml.offers import CLEAN_SCHEMA, FEED_COLUMNS, REASONS, offer_text, offer_texts, price_sql, write_offers
 from ml.progress import Progress
 from ml.runner import StageContext

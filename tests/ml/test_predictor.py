@@ -11,11 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ml.artifacts import read_manifest, short_version
-from ml.encoder import Classifier
 from ml.errors import InputError
+from ml.learning.encoder import Classifier
 from ml.offers import offer_text
-from ml.predictor import PREDICTION_SCHEMA, Predictor, prediction_table
-from ml.predictor_pool import PredictorPool, WorkerError
+from ml.serving.pool import PredictorPool, WorkerError
+from ml.serving.predictor import PREDICTION_SCHEMA, Predictor, prediction_table
 from tests.ml.compiled_models import PRODUCTS, TITLES, seal
 
 OFFERS = [{"offer_id": str(number), "title": title} for number, title in enumerate(TITLES)]
@@ -103,7 +103,7 @@ def test_equal_texts_are_computed_once_within_a_call_and_across_calls(compiled_s
 
 
 def test_the_memory_of_answers_is_bounded(compiled_student, monkeypatch):
-    monkeypatch.setattr("ml.predictor._CACHED_TEXTS", 5)
+    monkeypatch.setattr("ml.serving.predictor._CACHED_TEXTS", 5)
     predictor = Predictor.load(compiled_student)
     fresh = predictor.predict(OFFERS[:12])
     assert len(predictor._answers) == 5

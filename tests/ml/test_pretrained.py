@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from ml.encoder import Classifier, ClassifierSettings
 from ml.errors import InputError
+from ml.learning.encoder import Classifier, ClassifierSettings
+from ml.learning.pretrained import encoder_folder
 from ml.offers import TEXT_VERSION
-from ml.pretrained import encoder_folder
 from tests.ml.tiny_models import WORDS_OF, tiny_encoder
 
 LABELS = sorted(WORDS_OF)

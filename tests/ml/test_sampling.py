@@ -12,8 +12,8 @@ from ml.errors import InputError
 from ml.offers import CLEAN_SCHEMA, TEXT_VERSION, offer_texts
 from ml.progress import Progress
 from ml.runner import StageContext
-from ml.sampling import write_evaluation_set, write_training_sample
-from ml.split import Split
+from ml.sampling.split import Split
+from ml.sampling.stages import write_evaluation_set, write_training_sample
 from ml.stages import EvaluationSetParameters, TrainingSampleParameters
 
 CATEGORIES = ["a", "b", "c", "d"]

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from ml.artifacts import verify
-from ml.encoder import Classifier
 from ml.errors import InputError
-from ml.labelling import TeacherLabels
-from ml.student import DistillationLoss, DistillationSet
-from ml.training_data import LabelledTexts
+from ml.learning.encoder import Classifier
+from ml.learning.labelling import TeacherLabels
+from ml.learning.student import DistillationLoss, DistillationSet
+from ml.learning.training_data import LabelledTexts
 from tests.ml.tiny_models import distillation_inputs, make, seal, tiny_encoder, tiny_inputs
 
 TINY_STUDENT: dict[str, Any] = {

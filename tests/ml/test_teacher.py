@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from ml.artifacts import read_manifest, short_version, verify
-from ml.encoder import Classifier
 from ml.errors import InputError
+from ml.learning.encoder import Classifier
+from ml.learning.teacher import HierarchicalLoss, ancestor_groups
 from ml.taxonomy import Category, Taxonomy
-from ml.teacher import HierarchicalLoss, ancestor_groups
 from tests.ml.tiny_models import (
     TINY_TEACHER,
     make,

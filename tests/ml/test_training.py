@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch.nn import functional
 
-from ml.calibration import fit_temperature, targets_of, validation_figures
-from ml.encoder import Classifier, ClassifierSettings
 from ml.errors import InputError
+from ml.learning.calibration import fit_temperature, targets_of, validation_figures
+from ml.learning.encoder import Classifier, ClassifierSettings
+from ml.learning.training import TrainingPlan, TrainingState, epoch_batches, train
+from ml.learning.training_data import read_labelled
 from ml.offers import TEXT_VERSION
 from ml.progress import Progress
-from ml.training import TrainingPlan, TrainingState, epoch_batches, train
-from ml.training_data import read_labelled
 from tests.ml.tiny_models import WORDS_OF, offer_rows, tiny_encoder, tiny_inputs, write_labelled
 
 LABELS = sorted(WORDS_OF)

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ml.verification import conservation, same_offers, shared_groups, unknown_labels
+from ml.evaluation.verification import conservation, same_offers, shared_groups, unknown_labels
 
 
 def write(path: Path, **columns) -> Path:

@@ -43,6 +43,7 @@ UPSTREAM = {
         "student_checkpoint",
         "teacher_checkpoint",
         "fast_checkpoint",
+        "training_sample",
     },
     "compiled_student": {"student_checkpoint", "evaluation_set", "catalog_taxonomy"},
     "model_version": {"student_evaluation", "compiled_student"},

@@ -10,8 +10,8 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from ml import feed as ml_feed
 from ml.errors import InputError
+from ml.feed import reading as ml_feed
 from resources import offer_feed as offer_feed_module
 from resources.offer_feed import DemoOfferFeed, OfferFeed
 

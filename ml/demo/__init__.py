@@ -1,0 +1,1 @@
+"""The embedded demo feed: a deterministic generator of a believable price-comparison feed."""

@@ -1,0 +1,1 @@
+"""Whether a day of offers still looks like what the model was trained on."""

@@ -1,0 +1,1 @@
+"""Reading an offer feed, whatever its format: files to batches of text, nothing lost."""

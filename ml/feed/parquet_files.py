@@ -1,0 +1,134 @@
+"""Reads an offer feed in Parquet: whatever the types of its columns, text comes out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ml.feed.rows import (
+    BATCH_ROWS,
+    FEED_COLUMN_NAMES,
+    INVALID_ENCODING,
+    RAW_SCHEMA,
+    check_names_are_unique,
+    check_needed_columns,
+)
+
+_EXACT_FLOAT_INTEGERS = pa.scalar(float(1 << 53))
+_HOLDS_BYTES = (
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_binary,
+    pa.types.is_large_binary,
+    pa.types.is_fixed_size_binary,
+)
+
+
+def read_parquet(
+    file: IO[bytes], uri: str, ignored: set[str], columns: Sequence[str] = FEED_COLUMN_NAMES
+) -> Iterator[pa.RecordBatch]:
+    """Every column is turned into text, nested ones into JSON.
+
+    Only ``columns`` are read, of which at least one must be a needed one; the others come out null.
+    """
+    parquet = pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
+    schema = parquet.schema_arrow
+    names = [name.strip().lower() for name in schema.names]
+    check_names_are_unique(names)
+    by_name = dict(zip(names, schema.names, strict=True))
+    check_needed_columns(set(by_name))
+    ignored |= set(by_name) - set(FEED_COLUMN_NAMES)
+    wanted = {name: by_name[name] for name in columns if name in by_name}
+    row = 1
+    for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=list(wanted.values())):
+        yield _raw_batch(batch, wanted, uri, row)
+        row += batch.num_rows
+
+
+def _raw_batch(batch: pa.RecordBatch, wanted: dict[str, str], uri: str, first_row: int) -> pa.RecordBatch:
+    count = batch.num_rows
+    columns: dict[str, pa.Array[Any]] = {}
+    wrong: set[int] = set()
+    for name in FEED_COLUMN_NAMES:
+        if name in wanted:
+            columns[name], places = _text_column(batch.column(wanted[name]))
+            wrong.update(places)
+        else:
+            columns[name] = pa.nulls(count, pa.string())
+    problems: list[str | None] = [None] * count
+    contents: list[str | None] = [None] * count
+    for place in wrong:
+        problems[place] = INVALID_ENCODING
+        contents[place] = json.dumps(
+            {name: columns[name][place].as_py() for name in wanted if columns[name][place].is_valid},
+            ensure_ascii=False,
+        )
+    return pa.RecordBatch.from_arrays(
+        [
+            *columns.values(),
+            pa.repeat(uri, count),
+            pa.array(range(first_row, first_row + count), pa.int64()),
+            pa.array(problems, pa.string()),
+            pa.array(contents, pa.string()),
+        ],
+        schema=RAW_SCHEMA,
+    )
+
+
+def _text_column(column: pa.Array[Any]) -> tuple[pa.Array[Any], list[int]]:
+    """``column`` as strings, and the places whose bytes were not UTF-8 (their bytes are escaped)."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        column, kind = column.cast(kind.value_type), kind.value_type
+    if pa.types.is_nested(kind):
+        texts = [None if value is None else _nested_text(value) for value in column.to_pylist()]
+        return pa.array(texts, pa.string()), []
+    if pa.types.is_floating(kind):
+        return _float_text(column), []
+    if any(is_kind(kind) for is_kind in _HOLDS_BYTES):
+        return _checked_text(column)
+    try:
+        return column.cast(pa.string()), []
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        texts = [None if value is None else str(value) for value in column.to_pylist()]
+        return pa.array(texts, pa.string()), []
+
+
+def _nested_text(value: Any) -> str:
+    return json.dumps(value, default=str, ensure_ascii=False)
+
+
+def _float_text(column: pa.Array[Any]) -> pa.Array[Any]:
+    """Whole numbers without an exponent: a GTIN that was stored as a float stays readable."""
+    numbers: Any = column.cast(pa.float64())
+    whole = pc.and_(pc.less(pc.abs(numbers), _EXACT_FLOAT_INTEGERS), pc.equal(pc.floor(numbers), numbers))
+    integers = pc.if_else(whole, numbers, pa.scalar(None, pa.float64())).cast(pa.int64()).cast(pa.string())
+    return pc.coalesce(integers, numbers.cast(pa.string()))
+
+
+def _checked_text(column: pa.Array[Any]) -> tuple[pa.Array[Any], list[int]]:
+    try:
+        text = column.cast(pa.string())
+        text.validate(full=True)
+    except pa.ArrowInvalid:
+        texts: list[str | None] = []
+        wrong = []
+        for place, value in enumerate(column.cast(pa.binary()).to_pylist()):
+            texts.append(None if value is None else value.decode("utf-8", "backslashreplace"))
+            if value is not None and not _is_utf_8(value):
+                wrong.append(place)
+        return pa.array(texts, pa.string()), wrong
+    return text, []
+
+
+def _is_utf_8(value: bytes) -> bool:
+    try:
+        value.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

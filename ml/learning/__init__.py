@@ -1,0 +1,1 @@
+"""Teacher, its labels, and the models that learn from them."""

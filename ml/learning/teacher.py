@@ -1,0 +1,139 @@
+"""Stage ``teacher_checkpoint``: fine-tune a pretrained encoder on the labelled offers.
+
+The loss is cross-entropy over the categories, plus a smaller cross-entropy at every level above:
+the probability of an ancestor is the sum over the categories below it. So a near miss costs less
+than a far one, and one softmax serves all levels.
+"""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from ml.artifacts import read_manifest, short_version
+from ml.learning.calibration import fit_temperature, targets_of, validation_figures
+from ml.learning.encoder import Classifier, ClassifierSettings, best_device, use_available_cores
+from ml.learning.training import TrainingPlan, learning_curve_json, train, training_metrics
+from ml.learning.training_data import read_labelled
+from ml.offers import TEXT_VERSION
+from ml.runner import StageContext
+from ml.stages import TeacherParameters
+from ml.taxonomy import Taxonomy
+
+
+def train_teacher(context: StageContext, parameters: TeacherParameters) -> dict[str, Any]:
+    """Read the sample, train, calibrate, write the classifier folder; returns its metrics.
+
+    Raises:
+        InputError: the encoder cannot be had, or the sample has no training or validation offers.
+    """
+    use_available_cores()
+    taxonomy_folder = context.input("catalog_taxonomy")
+    taxonomy = Taxonomy.load(taxonomy_folder)
+    training = read_labelled(context.input("training_sample"), "train")
+    validation = read_labelled(context.input("training_sample"), "validation")
+    labels = sorted(set(training.categories))
+    settings = ClassifierSettings(
+        text_version=TEXT_VERSION,
+        taxonomy_version=short_version(read_manifest(taxonomy_folder).digest),
+        max_tokens=parameters.max_tokens,
+        instruction=parameters.instruction,
+    )
+    model = Classifier.from_encoder(parameters.encoder, labels, settings).to(best_device())
+    context.progress.say(
+        f"{model.parameter_count / 1e6:.1f} M parameters, {len(training.texts):,} offers to learn from, "
+        f"{len(validation.texts):,} to validate on, {len(labels):,} categories"
+    )
+    hierarchy = HierarchicalLoss(taxonomy, labels, parameters.ancestor_loss, model.device)
+    targets = torch.from_numpy(targets_of(labels, training.categories)).to(model.device)
+
+    def initialise() -> None:
+        context.progress.say("initialising the output layer from category centroids")
+        names = [taxonomy.path(label) for label in labels]
+        model.initialise_head(training.texts, training.categories, names)
+
+    texts = model.tokenize(training.texts)
+    state = train(
+        model,
+        texts,
+        batch_loss=lambda logits, rows: hierarchy(logits, targets[torch.from_numpy(rows)]),
+        validate=lambda: validation_figures(
+            model.predict_logits(validation.texts), labels, validation.categories
+        ),
+        initialise=initialise,
+        plan=TrainingPlan(
+            epochs=parameters.epochs,
+            batch_size=parameters.batch_size,
+            learning_rate=parameters.learning_rate,
+            head_learning_rate=parameters.head_learning_rate,
+            checkpoint_seconds=parameters.checkpoint_seconds,
+            seed=parameters.seed,
+        ),
+        checkpoints=context.checkpoints,
+        progress=context.progress,
+    )
+    logits = model.predict_logits(validation.texts)
+    temperature = fit_temperature(logits, targets_of(labels, validation.categories))
+    figures = validation_figures(logits / temperature, labels, validation.categories)
+    model.with_settings(temperature=temperature).save(context.output)
+    (context.output / "learning_curve.json").write_bytes(learning_curve_json(state))
+    shutil.copyfile(taxonomy_folder / "taxonomy.parquet", context.output / "taxonomy.parquet")
+    return {
+        **training_metrics(model, state, texts, parameters.epochs),
+        **{f"validation_{name}": round(value, 6) for name, value in figures.items()},
+        "validation_rows": len(validation.texts),
+        "temperature": round(temperature, 4),
+        "size_bytes": sum(path.stat().st_size for path in context.output.rglob("*") if path.is_file()),
+    }
+
+
+class HierarchicalLoss:
+    """Cross-entropy at the category, plus a weighted one at every level above it.
+
+    A label may itself have children that are labels: its probability then counts for its own subtree
+    like theirs does, and rows of it have no loss below its own level.
+    """
+
+    def __init__(
+        self, taxonomy: Taxonomy, labels: list[str], ancestor_weight: float, device: torch.device
+    ) -> None:
+        self._ancestor_weight = ancestor_weight
+        self._groupings = [
+            torch.from_numpy(grouping).to(device) for grouping in ancestor_groups(taxonomy, labels)
+        ]
+        self._level = torch.tensor([taxonomy.level(label) for label in labels], device=device)
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss of logits (rows, classes) for class numbers ``targets`` (rows,)."""
+        log_probabilities = functional.log_softmax(logits, dim=1)
+        loss = functional.nll_loss(log_probabilities, targets)
+        if not self._ancestor_weight:
+            return loss
+        for level, group_of_class in enumerate(self._groupings, start=1):
+            below = self._level[targets] > level
+            in_group = group_of_class[None, :] == group_of_class[targets[below], None]
+            kept = log_probabilities[below].masked_fill(~in_group, -torch.inf)
+            loss = loss - self._ancestor_weight * torch.logsumexp(kept, dim=1).sum() / len(targets)
+        return loss
+
+
+def ancestor_groups(taxonomy: Taxonomy, labels: list[str]) -> list[NDArray[np.int64]]:
+    """Which labels belong together at each level above the deepest label.
+
+    Returns:
+        Arrays (classes,), one per level from the root down: the number of the label's ancestor (or
+        of the label itself) at that level, -1 where the label lies above the level.
+    """
+    paths = [taxonomy.ancestors(label) for label in labels]
+    groupings = []
+    for level in range(1, max(len(path) for path in paths)):
+        nodes = [path[level - 1] if len(path) >= level else None for path in paths]
+        number = {node: index for index, node in enumerate(dict.fromkeys(nodes)) if node is not None}
+        groupings.append(np.array([number.get(node, -1) if node else -1 for node in nodes], dtype=np.int64))
+    return groupings

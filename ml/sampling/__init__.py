@@ -1,0 +1,1 @@
+"""Which offers a model learns from, and which it is measured on."""

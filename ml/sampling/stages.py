@@ -1,0 +1,420 @@
+"""Which offers are learned from, and which are only ever measured on.
+
+Everything is chosen by hash, never by chance or by order: an offer's fate depends on its ids, the
+seed and the offers beside it, so that shuffled files, more threads or a second run choose the same.
+A *group* is what must not lie on both sides: a product, or a shop. Groups whose hash falls into the
+held-out share are never trained on, so the evaluation set can grow from them later. Beyond that, a
+training offer shares no product, GTIN or title (nor shop, if split by shop) with any evaluation offer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ml.errors import InputError
+from ml.offers import CLEAN_SCHEMA, TEXT_VERSION, offer_texts
+from ml.runner import StageContext
+from ml.sampling.split import PRODUCT_KEYS, SPLIT_FILE, Split
+from ml.sampling.validation_split import write_splits
+from ml.stages import EvaluationSetParameters, TrainingSampleParameters
+
+_TEXT_FIELD = pa.field("text", pa.string())
+_BATCH_OFFERS = 10_000
+_MEMORY_LIMIT = "1GB"
+
+
+def write_evaluation_set(context: StageContext, parameters: EvaluationSetParameters) -> dict[str, Any]:
+    """Write ``offers.parquet``: the previous evaluation set, extended where it is below the cap.
+
+    Previous rows stay as they are; those whose category left the taxonomy are left out. New rows
+    come from held-out groups only. A category all of whose offers would be held out (or fall to a
+    held-out near-copy) keeps one group for training, for good: it has to be learnable before it can
+    be measured.
+
+    Returns:
+        Counts: ``offers``, ``categories``, ``kept``, ``added``, ``labels_gone`` and others.
+
+    Raises:
+        InputError: there is nothing to choose from (no labelled offers, or none held out).
+    """
+    previous = context.optional_input("previous")
+    split = Split(
+        split_by=parameters.split_by,
+        share=parameters.share,
+        seed=parameters.seed,
+        training_only=Split.read(previous).training_only if previous else [],
+    )
+    with _database(context) as database:
+        _see_offers(database, context, split)
+        _collect_labelled(database)
+        labels_gone = _keep_previous(database, previous, split)
+        _free_unlearnable_categories(database, split)
+        database.execute(f"""
+            CREATE TEMP TABLE added AS
+            SELECT offer_id, delivered_on, category_id FROM (
+                SELECT *, row_number() OVER (
+                    PARTITION BY category_id ORDER BY copies_before, draw, offer_id) AS place
+                FROM (SELECT *, row_number() OVER (
+                        PARTITION BY category_id, product ORDER BY draw, offer_id) AS copies_before
+                    FROM candidate))
+            LEFT JOIN (SELECT category_id, count(*) AS covered FROM kept GROUP BY ALL) USING (category_id)
+            WHERE place <= {parameters.cap_per_category} - coalesce(covered, 0)""")
+        columns = ", ".join(CLEAN_SCHEMA.names)
+        offers = _write_offers(
+            database,
+            f"SELECT {columns} FROM kept UNION ALL BY NAME"
+            f" SELECT {columns} FROM delivered SEMI JOIN added USING (offer_id, delivered_on)",
+            context.output / "offers.parquet",
+        )
+        if offers == 0:
+            groups = _scalar(database, "SELECT count(DISTINCT group_key) FROM labelled")
+            raise InputError(
+                f"the evaluation set would be empty: of {groups:,} labelled {split.split_by}s none is held "
+                f"out at share {split.share}; raise the share or bring more labelled offers"
+            )
+        training_only = [row[0] for row in database.sql("FROM training_only ORDER BY 1").fetchall()]
+        (context.output / SPLIT_FILE).write_bytes(
+            msgspec.json.format(
+                msgspec.json.encode(msgspec.structs.replace(split, training_only=training_only))
+            )
+        )
+        kept = _scalar(database, "SELECT count(*) FROM kept")
+        categories = "(SELECT category_id FROM kept UNION SELECT category_id FROM added)"
+        metrics = {
+            "offers": offers,
+            "categories": _scalar(database, f"SELECT count(*) FROM {categories}"),
+            "labelled_categories": _scalar(database, "SELECT count(DISTINCT category_id) FROM labelled"),
+            "kept": kept,
+            "added": offers - kept,
+            "labels_gone": labels_gone,
+            "training_only_groups": len(training_only),
+            "split_by": split.split_by,
+            "text_version": TEXT_VERSION,
+        }
+    context.progress.say(
+        f"{offers:,} offers of {metrics['categories']:,} categories: {kept:,} kept, {offers - kept:,} added"
+    )
+    return metrics
+
+
+def write_training_sample(context: StageContext, parameters: TrainingSampleParameters) -> dict[str, Any]:
+    """Write ``labelled.parquet`` (with ``split``), ``unlabelled.parquet`` and ``reference.parquet``.
+
+    Labelled offers are capped per product and per category; where they are still too many in all,
+    every category keeps a share in proportion to the square root of its size, and at least one
+    offer as long as there is room. Unlabelled and reference offers are drawn uniformly; of an offer
+    delivered on several days the newest version counts.
+
+    Returns:
+        Counts per file and split, ``categories``, ``categories_with_fewer_than_10`` and others.
+
+    Raises:
+        InputError: fewer than two categories are left to learn, or the parameters contradict the
+            evaluation set.
+    """
+    evaluation_set = context.input("evaluation_set")
+    split = Split.read(evaluation_set)
+    _check_same_split(split, parameters)
+    with _database(context) as database:
+        _see_offers(database, context, split)
+        _collect_labelled(database)
+        database.execute(
+            "CREATE TEMP TABLE training_only AS SELECT unnest(?::VARCHAR[]) AS group_key",
+            [split.training_only],
+        )
+        _collect_measured(
+            database, split.keyed(f"read_parquet({_literal(evaluation_set / 'offers.parquet')})")
+        )
+        _choose_labelled(database, parameters, split)
+        _check_learnable(database)
+        _choose_unlabelled(database, parameters, split)
+        _choose_newest(database, "reference", "SELECT * FROM keyed", parameters.reference, parameters.seed)
+
+        labelled_path = context.output / "labelled.parquet"
+        _write_offers(database, _rows_of("labelled_chosen"), labelled_path)
+        splits = write_splits(labelled_path, parameters)
+        unlabelled = _write_offers(
+            database,
+            # A label that left the taxonomy is none.
+            f"SELECT * REPLACE (NULL::VARCHAR AS category_id) FROM ({_rows_of('unlabelled_chosen')})",
+            context.output / "unlabelled.parquet",
+        )
+        reference = _write_offers(
+            database, _rows_of("reference_chosen"), context.output / "reference.parquet"
+        )
+        available, available_categories = database.sql(
+            "SELECT count(*), count(DISTINCT category_id) FROM labelled"
+        ).fetchall()[0]
+        apart = _scalar(database, "SELECT count(*) FROM eligible")
+
+    context.progress.say(
+        f"{splits['train']:,} offers to train and {splits['validation']:,} to validate on, of "
+        f"{splits['categories']:,} categories; {unlabelled:,} unlabelled"
+    )
+    return {
+        "labelled": splits["train"] + splits["validation"],
+        **splits,
+        "unlabelled": unlabelled,
+        "reference": reference,
+        "labelled_available": available,
+        "labelled_kept_for_evaluation": available - apart,
+        "categories_without_training": available_categories - splits["categories"],
+        "split_by": split.split_by,
+        "text_version": TEXT_VERSION,
+    }
+
+
+# What there is to choose from
+
+
+@contextmanager
+def _database(context: StageContext) -> Iterator[duckdb.DuckDBPyConnection]:
+    """An engine that spills to the workspace instead of growing."""
+    spill = context.checkpoints / "duckdb"
+    with duckdb.connect(
+        config={
+            "memory_limit": _MEMORY_LIMIT,
+            "temp_directory": str(spill),
+            "preserve_insertion_order": False,
+        }
+    ) as database:
+        yield database
+
+
+def _see_offers(database: duckdb.DuckDBPyConnection, context: StageContext, split: Split) -> None:
+    """Views: ``delivered`` (all days), ``keyed`` (with keys, group and draw), and table ``category``."""
+    days = [
+        f"SELECT *, {_literal(day)} AS delivered_on FROM read_parquet({_literal(folder / 'offers.parquet')})"
+        for day, folder in context.partitions("offers").items()
+    ]
+    taxonomy = context.input("catalog_taxonomy") / "taxonomy.parquet"
+    database.execute(f"CREATE TEMP VIEW delivered AS {' UNION ALL BY NAME '.join(days)}")
+    database.execute(f"CREATE TEMP VIEW keyed AS {split.keyed('delivered')}")
+    database.execute(
+        f"CREATE TEMP TABLE category AS SELECT category_id FROM read_parquet({_literal(taxonomy)})"
+    )
+
+
+def _collect_labelled(database: duckdb.DuckDBPyConnection) -> None:
+    """Table ``labelled``: the newest labelled version of each offer, narrow. A label counts if it exists."""
+    database.execute("""
+        CREATE TEMP TABLE labelled AS
+        SELECT offer_id, delivered_on, category_id, shop_id, product, product_key, gtin_key, title_key,
+            group_key, held_out, draw
+        FROM keyed SEMI JOIN category USING (category_id)
+        QUALIFY 1 = row_number() OVER (
+            PARTITION BY offer_id ORDER BY delivered_on DESC, category_id, title_key)
+        """)
+    categories = _scalar(database, "SELECT count(DISTINCT category_id) FROM labelled")
+    if categories >= 2:
+        return
+    labels = _scalar(database, "SELECT count(category_id) FROM delivered")
+    if categories == 0 and labels:
+        raise InputError(
+            f"none of the {labels:,} labels in the offers is a category of the taxonomy; "
+            "check that CATALOG_TAXONOMY is the one that the offers were labelled with"
+        )
+    found = "none" if categories == 0 else "offers of one category only"
+    raise InputError(
+        f"learning needs labelled offers of at least two categories, found {found}; "
+        "bring offers with category_id, or load more days"
+    )
+
+
+# What is measured on
+
+
+def _keep_previous(database: duckdb.DuckDBPyConnection, previous: Path | None, split: Split) -> int:
+    """Tables ``kept`` (previous evaluation rows) and ``measured_*`` (keys); returns how many were dropped."""
+    source = (
+        f"read_parquet({_literal(previous / 'offers.parquet')})"
+        if previous
+        else "(SELECT * FROM delivered LIMIT 0)"
+    )
+    database.execute(
+        f"CREATE TEMP TABLE kept AS {split.keyed(source)} SEMI JOIN category USING (category_id)"
+    )
+    _collect_measured(database, "SELECT * FROM kept")
+    return _scalar(database, f"SELECT count(*) FROM {source}") - _scalar(
+        database, "SELECT count(*) FROM kept"
+    )
+
+
+def _free_unlearnable_categories(database: duckdb.DuckDBPyConnection, split: Split) -> None:
+    """Tables ``training_only`` and ``candidate``: held-out offers that cost no category its last offer.
+
+    Where every offer of a category is held out, or shares a key with one that is, the offer with the
+    highest draw is freed: its group is for training only, and near-copies of it are no candidates.
+    """
+    database.execute(
+        "CREATE TEMP TABLE training_only AS SELECT unnest(?::VARCHAR[]) AS group_key", [split.training_only]
+    )
+    database.execute(f"""
+        CREATE TEMP TABLE open_candidate AS
+        SELECT * FROM labelled
+        ANTI JOIN (SELECT offer_id FROM kept) USING (offer_id)
+        {_sharing_nothing_with("(FROM labelled SEMI JOIN training_only USING (group_key))", PRODUCT_KEYS)}
+        WHERE held_out""")
+    shared = split.shared_columns
+    database.execute(f"""
+        CREATE TEMP TABLE freed AS
+        WITH trainable AS (SELECT * FROM labelled {_not_measured(shared)}),
+        safe AS (
+            SELECT category_id FROM (
+                SELECT * FROM trainable WHERE NOT held_out OR group_key IN (FROM training_only))
+            {_sharing_nothing_with("open_candidate", shared)})
+        SELECT * FROM trainable ANTI JOIN safe USING (category_id)
+        QUALIFY row_number() OVER (PARTITION BY category_id ORDER BY held_out, draw DESC, offer_id) = 1""")
+    database.execute("""
+        INSERT INTO training_only
+        SELECT DISTINCT group_key FROM freed ANTI JOIN training_only USING (group_key)""")
+    database.execute(f"""
+        CREATE TEMP TABLE candidate AS
+        SELECT * FROM open_candidate
+        {_sharing_nothing_with("(FROM labelled SEMI JOIN training_only USING (group_key))", PRODUCT_KEYS)}""")
+
+
+# What is learned from
+
+
+def _check_same_split(split: Split, parameters: TrainingSampleParameters) -> None:
+    for name, wanted, found in (
+        ("split_by", parameters.split_by, split.split_by),
+        ("evaluation_share", parameters.evaluation_share, split.share),
+    ):
+        if wanted != found:
+            raise InputError(
+                f"{name} is {wanted} here but the evaluation set was made with {found}; set both the same"
+            )
+
+
+def _choose_labelled(
+    database: duckdb.DuckDBPyConnection, parameters: TrainingSampleParameters, split: Split
+) -> None:
+    """Tables ``eligible`` and ``labelled_chosen``.
+
+    A product that people labelled differently gives each label its turn, the rarest category first.
+    Ordered by place in the category over the square root of the category's size, the first offers
+    of all categories come first, and from there on each gets room like the root of what it has.
+    """
+    database.execute(f"""
+        CREATE TEMP TABLE eligible AS
+        SELECT * FROM labelled {_not_measured(split.shared_columns)}
+        WHERE NOT held_out OR group_key IN (FROM training_only)""")
+    database.execute(f"""
+        CREATE TEMP TABLE labelled_chosen AS
+        WITH sized AS (
+            SELECT *, count(*) OVER (PARTITION BY category_id) AS available,
+                row_number() OVER (PARTITION BY product, category_id ORDER BY draw, offer_id) AS copies_before
+            FROM eligible),
+        of_product AS (
+            SELECT *, row_number() OVER (
+                PARTITION BY product ORDER BY copies_before, available, draw, offer_id) AS place_in_product
+            FROM sized),
+        of_category AS (
+            SELECT *, row_number() OVER (
+                PARTITION BY category_id ORDER BY place_in_product, draw, offer_id) AS place
+            FROM of_product WHERE place_in_product <= {parameters.cap_per_product})
+        SELECT offer_id, delivered_on, category_id, place, count(*) OVER (PARTITION BY category_id) AS size
+        FROM of_category
+        WHERE place <= {parameters.cap_per_category}
+        ORDER BY (place - 1) / sqrt(size), draw, offer_id
+        LIMIT {parameters.labelled}""")
+
+
+def _check_learnable(database: duckdb.DuckDBPyConnection) -> None:
+    categories = _scalar(database, "SELECT count(DISTINCT category_id) FROM labelled_chosen")
+    if categories < 2:
+        raise InputError(
+            f"apart from the evaluation set there are labelled offers of {categories} categories, learning "
+            "needs two; lower the evaluation share, split by product, or bring more labelled offers"
+        )
+
+
+def _choose_unlabelled(
+    database: duckdb.DuckDBPyConnection, parameters: TrainingSampleParameters, split: Split
+) -> None:
+    """Table ``unlabelled_chosen``: offers never labelled, not held out, like none in the evaluation set."""
+    _choose_newest(
+        database,
+        "unlabelled",
+        f"""SELECT * FROM keyed
+            ANTI JOIN (SELECT offer_id FROM labelled) USING (offer_id)
+            {_not_measured(split.shared_columns)}
+            WHERE NOT held_out OR group_key IN (FROM training_only)""",
+        parameters.unlabelled,
+        parameters.seed,
+    )
+
+
+def _choose_newest(
+    database: duckdb.DuckDBPyConnection, purpose: str, query: str, offers: int, seed: int
+) -> None:
+    """Table ``<purpose>_chosen``: ``offers`` offers drawn uniformly, each in its newest version.
+
+    An offer comes at most once a day and all its versions have the same draw, so the first
+    ``offers`` x days rows hold every version of the first ``offers`` offers, whatever their number:
+    the heap of the sort stays that small.
+    """
+    days = _scalar(database, "SELECT count(DISTINCT delivered_on) FROM delivered")
+    database.execute(f"""
+        CREATE TEMP TABLE {purpose}_chosen AS
+        SELECT offer_id, max(delivered_on) AS delivered_on FROM (
+            SELECT offer_id, delivered_on, md5('{seed}:{purpose}:' || offer_id) AS lot FROM ({query})
+            ORDER BY lot, offer_id LIMIT {offers * max(days, 1)})
+        GROUP BY offer_id, lot ORDER BY lot, offer_id LIMIT {offers}""")
+
+
+def _rows_of(chosen: str) -> str:
+    columns = ", ".join(CLEAN_SCHEMA.names)
+    return f"SELECT {columns} FROM delivered SEMI JOIN {chosen} USING (offer_id, delivered_on)"
+
+
+# SQL
+
+
+def _collect_measured(database: duckdb.DuckDBPyConnection, query: str) -> None:
+    """Tables ``measured_<column>``: the keys and shops of the evaluation set, small enough to hash."""
+    for column in (*PRODUCT_KEYS, "shop_id"):
+        database.execute(
+            f"CREATE TEMP TABLE measured_{column} AS SELECT DISTINCT {column} FROM ({query}) "
+            f"WHERE {column} IS NOT NULL"
+        )
+
+
+def _not_measured(columns: list[str]) -> str:
+    return " ".join(f"ANTI JOIN measured_{column} USING ({column})" for column in columns)
+
+
+def _sharing_nothing_with(source: str, columns: Iterable[str]) -> str:
+    return " ".join(
+        f"ANTI JOIN (SELECT {column} FROM {source}) AS shared_{column} USING ({column})" for column in columns
+    )
+
+
+def _literal(value: object) -> str:
+    return "'" + str(value).replace("'", "''") + "'"
+
+
+def _scalar(database: duckdb.DuckDBPyConnection, query: str) -> int:
+    return int(database.sql(query).fetchall()[0][0])
+
+
+def _write_offers(database: duckdb.DuckDBPyConnection, query: str, path: Path) -> int:
+    """Write the rows of ``query`` with their text, ordered by offer, in batches; returns their number."""
+    reader = database.sql(f"SELECT * FROM ({query}) ORDER BY offer_id").to_arrow_reader(_BATCH_OFFERS)
+    count = 0
+    with pq.ParquetWriter(path, CLEAN_SCHEMA.append(_TEXT_FIELD)) as writer:
+        for batch in reader:
+            table = pa.Table.from_batches([batch]).select(CLEAN_SCHEMA.names).cast(CLEAN_SCHEMA)
+            writer.write_table(table.append_column(_TEXT_FIELD, pa.array(offer_texts(table), pa.string())))
+            count += len(table)
+    return count

@@ -1,0 +1,1 @@
+"""From a student to answers: compilation, the predictor, bulk and the HTTP server."""
