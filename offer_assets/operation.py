@@ -130,7 +130,10 @@ def operation_checks(days: dg.DailyPartitionsDefinition) -> list[dg.AssetChecksD
             passed=metrics["sufficient"] and not moved,
             severity=dg.AssetCheckSeverity.ERROR if is_error else dg.AssetCheckSeverity.WARN,
             description="; ".join([summary, *moved]),
-            metadata={"share_drifted": metrics["share_drifted"], "drifted_columns": metrics["drifted_columns"]},
+            metadata={
+                "share_drifted": metrics["share_drifted"],
+                "drifted_columns": metrics["drifted_columns"],
+            },
         )
 
     return [every_clean_offer_is_catalogued, no_drift]

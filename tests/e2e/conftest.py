@@ -111,7 +111,10 @@ def start_and_kill_in_training(home: Path, env: dict[str, str]) -> str:
         )
     try:
         wait_for(
-            lambda: process.poll() is not None or list(home.glob("work/teacher_checkpoint/*/checkpoints/step-*[0-9]")),
+            lambda: (
+                process.poll() is not None
+                or list(home.glob("work/teacher_checkpoint/*/checkpoints/step-*[0-9]"))
+            ),
             "a checkpoint of the teacher",
             DEADLINE_SECONDS,
         )

@@ -57,7 +57,9 @@ def test_a_kill_in_mid_training_costs_no_finished_work(demo: Demo) -> None:
     assert re.search(r"resum|continu", demo.output), "the second run does not say that it continued"
     for asset in ("catalog_taxonomy", "raw_offers", "offers", "training_sample"):
         assert re.search(rf"\] {asset}\b.* unchanged", demo.output), asset
-    assert not [path for path in (demo.home / "work").glob("*/*") if path.is_dir()], "work in progress was left"
+    assert not [path for path in (demo.home / "work").glob("*/*") if path.is_dir()], (
+        "work in progress was left"
+    )
 
 
 def test_the_summary_gives_the_figures_a_person_asks_for(demo: Demo) -> None:
