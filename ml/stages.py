@@ -102,6 +102,9 @@ class EncoderChoice(Parameters, frozen=True, kw_only=True):
     encoder: Annotated[
         str, Meta(description="'packaged-minilm', a hub id, or a local folder in transformers format.")
     ] = "packaged-minilm"
+    encoder_digest: Annotated[
+        str, Meta(description="SHA-256 of the encoder's weights; empty: not checked.")
+    ] = ""
     max_tokens: Annotated[
         int, Meta(ge=8, le=512, description="Longer texts are cut to this many tokens.")
     ] = 48
@@ -143,6 +146,9 @@ class StudentParameters(Parameters, frozen=True, kw_only=True):
         str,
         Meta(description="'teacher': layers of the fine-tuned teacher; or an encoder as for the teacher."),
     ] = "teacher"
+    encoder_digest: Annotated[
+        str, Meta(description="SHA-256 of the encoder's weights; empty: not checked.")
+    ] = ""
     layers: Annotated[Count, Meta(description="Encoder layers kept, spread evenly over the original's.")] = 3
     max_tokens: Annotated[
         int, Meta(ge=8, le=512, description="Longer texts are cut to this many tokens.")

@@ -47,9 +47,9 @@ def _demo_drift(settings: Settings, _options: argparse.Namespace) -> int:
 
 def _dev(settings: Settings, options: argparse.Namespace) -> int:
     """Start the Dagster UI with its daemon."""
-    from offer_assets.instance import prepare_dagster_home
+    from offer_assets.instance import instance_of_the_ui
 
-    prepare_dagster_home(settings)
+    instance_of_the_ui(settings)
     workspace = Path(__file__).resolve().parent.parent / "workspace.yaml"
     command = [
         sys.executable,

@@ -18,7 +18,7 @@ from resources.tracking import Tracking
     group_name=policies.RELEASE,
     kinds={"onnx"},
     owners=[policies.ML_TEAM],
-    pool=policies.TRAINING_POOL,
+    retry_policy=policies.CONTINUE_ONCE,
     code_version=STAGES["compiled_student"].version,
 )
 def compiled_student(

@@ -20,7 +20,7 @@ from resources.tracking import Tracking
     group_name=policies.EVALUATION,
     kinds={"pytorch"},
     owners=[policies.ML_TEAM],
-    pool=policies.TRAINING_POOL,
+    retry_policy=policies.CONTINUE_ONCE,
     code_version=STAGES["student_evaluation"].version,
 )
 def student_evaluation(
@@ -44,10 +44,7 @@ def student_evaluation(
         "training_sample": training_sample,
     }
     production = tracking.production()
-    if (
-        production
-        and compute.manifest(production.ref).inputs["student_checkpoint"] != student_checkpoint.digest
-    ):
+    if production and not _is_in_production(student_checkpoint.digest, compute, tracking):
         inputs["production_model"] = production.ref
     result = compute.run(context, "student_evaluation", inputs, EvaluationParameters())
     tracking.record(result.manifest, result.ref)
@@ -82,6 +79,23 @@ def student_is_close_to_teacher(student_evaluation: ArtifactRef) -> dg.AssetChec
 
 
 @dg.asset_check(asset="student_evaluation")
-def student_is_not_worse_than_production(student_evaluation: ArtifactRef) -> dg.AssetCheckResult:
+def student_is_not_worse_than_production(
+    student_evaluation: ArtifactRef, compute: Compute, tracking: Tracking
+) -> dg.AssetCheckResult:
     """The student is not significantly worse than the version in production, on the same offers."""
-    return check_result(gate.student_is_not_worse_than_production(student_evaluation.metrics, policies.GATE))
+    metrics = metrics_for_the_gate(student_evaluation, compute, tracking)
+    return check_result(gate.student_is_not_worse_than_production(metrics, policies.GATE))
+
+
+def metrics_for_the_gate(evaluation: ArtifactRef, compute: Compute, tracking: Tracking) -> dict[str, Any]:
+    """Metrics of the evaluation, and whether its student is the one in production."""
+    evaluated = compute.manifest(evaluation).inputs["student_checkpoint"]
+    return {**evaluation.metrics, "student_is_production": _is_in_production(evaluated, compute, tracking)}
+
+
+def _is_in_production(student_digest: str, compute: Compute, tracking: Tracking) -> bool:
+    production = tracking.production()
+    return (
+        production is not None
+        and compute.manifest(production.ref).inputs["student_checkpoint"] == student_digest
+    )

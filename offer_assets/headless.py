@@ -12,6 +12,9 @@ from typing import Any
 import dagster as dg
 from dagster import DagsterEventType
 from dagster._core.events import StepFailureData
+from dagster._utils.error import SerializableErrorInfo
+
+from offer_assets.instance import process_tag
 
 _LOGGER = "terminal"
 
@@ -62,6 +65,7 @@ class HeadlessRuns:
             instance=self.instance,
             partition_key=partition_key,
             run_config={"loggers": {_LOGGER: {}}},
+            tags=process_tag(),
             raise_on_error=False,
         )
         for event in result.all_events:
@@ -107,6 +111,10 @@ class _Terminal(logging.Handler):
             self._started_at[event.step_key] = time.monotonic()
         elif event.event_type == DagsterEventType.ASSET_MATERIALIZATION:
             self._materialized(event)
+        elif event.event_type == DagsterEventType.STEP_UP_FOR_RETRY:
+            _say(
+                f"        {event.step_key} is tried again: {_innermost_message(event.step_retry_data.error)}"
+            )
         elif event.event_type == DagsterEventType.STEP_FAILURE:
             self._failed(event)
         elif event.event_type == DagsterEventType.ASSET_CHECK_EVALUATION:
@@ -145,10 +153,13 @@ def _what_went_wrong(failure: StepFailureData) -> str:
     """The line of a failure meant for people, or the innermost error; its trace is in the run's log."""
     if failure.user_failure_data and failure.user_failure_data.description:
         return failure.user_failure_data.description
-    error = failure.error
+    return _innermost_message(failure.error)
+
+
+def _innermost_message(error: SerializableErrorInfo | None) -> str:
     while error is not None and error.cause is not None:
         error = error.cause
-    return error.message.strip() if error else "failed without an error"
+    return error.message.strip() if error else "no error was reported"
 
 
 @dg.logger(description="One line per asset, for a headless run at a terminal.")

@@ -22,7 +22,7 @@ def materialization(
         asset_key=asset_key,
         value=result.ref,
         data_version=dg.DataVersion(result.ref.digest),
-        metadata={**artifact_metadata(result), **(metadata or {})},
+        metadata={**(metadata or {}), **artifact_metadata(result)},  # what people look at comes first
     )
 
 

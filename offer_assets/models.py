@@ -19,7 +19,7 @@ from resources.tracking import Tracking
     group_name=policies.TRAINING,
     kinds={"pytorch", "huggingface"},
     owners=[policies.ML_TEAM],
-    pool=policies.TRAINING_POOL,
+    retry_policy=policies.CONTINUE_ONCE,
     code_version=STAGES["teacher_checkpoint"].version,
 )
 def teacher_checkpoint(
@@ -44,7 +44,7 @@ def teacher_checkpoint(
     group_name=policies.TRAINING,
     kinds={"pytorch", "parquet"},
     owners=[policies.ML_TEAM],
-    pool=policies.TRAINING_POOL,
+    retry_policy=policies.CONTINUE_ONCE,
     code_version=STAGES["teacher_labels"].version,
 )
 def teacher_labels(
@@ -68,7 +68,7 @@ def teacher_labels(
     group_name=policies.TRAINING,
     kinds={"scikitlearn"},
     owners=[policies.ML_TEAM],
-    pool=policies.TRAINING_POOL,
+    retry_policy=policies.CONTINUE_ONCE,
     code_version=STAGES["fast_checkpoint"].version,
 )
 def fast_checkpoint(
@@ -98,7 +98,7 @@ def fast_checkpoint(
     group_name=policies.TRAINING,
     kinds={"pytorch", "huggingface"},
     owners=[policies.ML_TEAM],
-    pool=policies.TRAINING_POOL,
+    retry_policy=policies.CONTINUE_ONCE,
     code_version=STAGES["student_checkpoint"].version,
 )
 def student_checkpoint(

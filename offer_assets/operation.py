@@ -45,9 +45,8 @@ def operation_assets(days: dg.DailyPartitionsDefinition) -> list[dg.AssetsDefini
         """Clean offers of one day with their category, as the endpoint answered."""
         status = endpoints.status()
         if status is None:
-            raise dg.Failure(
-                "the endpoint does not answer; materialize offer_endpoint to start it", allow_retries=False
-            )
+            context.log.info("the endpoint does not answer (a restart of the machine?): bringing it up again")
+            status = endpoints.deploy(compute.folder(offer_endpoint), offer_endpoint)
         result = compute.run(
             context,
             "catalogued_offers",
@@ -57,6 +56,7 @@ def operation_assets(days: dg.DailyPartitionsDefinition) -> list[dg.AssetsDefini
         return materialization(result, metadata=row_count(result.manifest.metrics["offers"]))
 
     @dg.asset(
+        deps=["training_sample"],
         partitions_def=days,
         group_name=policies.OPERATION,
         kinds={"evidently"},
@@ -67,7 +67,6 @@ def operation_assets(days: dg.DailyPartitionsDefinition) -> list[dg.AssetsDefini
         context: dg.AssetExecutionContext,
         catalogued_offers: ArtifactRef,
         offers: ArtifactRef,
-        training_sample: ArtifactRef,
         offer_endpoint: ArtifactRef,
         compute: Compute,
     ) -> dg.MaterializeResult:
@@ -78,7 +77,8 @@ def operation_assets(days: dg.DailyPartitionsDefinition) -> list[dg.AssetsDefini
             {
                 "catalogued_offers": catalogued_offers,
                 "offers": offers,
-                "training_sample": training_sample,
+                # Not the newest sample: the one behind the model that serves.
+                "training_sample": compute.origin(offer_endpoint, "student_checkpoint", "training_sample"),
                 "compiled_student": offer_endpoint,
             },
             DriftParameters(day=context.partition_key),

@@ -7,6 +7,7 @@ from typing import Literal
 import dagster as dg
 from pydantic import Field
 
+from ml.learning.encoder_files import encoder_digest
 from ml.stages import (
     EvaluationSetParameters,
     StudentParameters,
@@ -54,6 +55,7 @@ class TrainingPlan(dg.ConfigurableResource):
         """Parameters of ``teacher_checkpoint``."""
         return TeacherParameters(
             encoder=self.encoder,
+            encoder_digest=encoder_digest(self.encoder),
             instruction=self.instruction,
             max_tokens=self.max_tokens,
             epochs=self.teacher_epochs,
@@ -63,6 +65,7 @@ class TrainingPlan(dg.ConfigurableResource):
         """Parameters of ``student_checkpoint``."""
         return StudentParameters(
             encoder=self.student_encoder,
+            encoder_digest=encoder_digest(self.student_encoder),
             layers=self.student_layers,
             max_tokens=self.max_tokens,
             epochs=self.student_epochs,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dagster as dg
+
 from ml.evaluation.gate import GateLimits
 
 FEED = "feed"
@@ -15,8 +17,9 @@ DATA_TEAM = "team:data-engineering"
 ML_TEAM = "team:machine-learning"
 """Owners: who is asked when an asset or a check fails."""
 
-TRAINING_POOL = "training"
-"""Heavy stages share this pool: `dagster.yaml` lets one of them run at a time."""
+CONTINUE_ONCE = dg.RetryPolicy(max_retries=1)
+"""A heavy stage that was ended from outside goes on from its last checkpoint, once; what is the input's
+fault fails without a retry, whatever this says."""
 
 GATE = GateLimits()
 """What a student has to reach before it may serve."""

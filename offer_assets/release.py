@@ -1,16 +1,26 @@
 """From a compiled model to the endpoint. Only a version that passed the gate is served."""
 
+from pathlib import Path
+
 import dagster as dg
+import msgspec
 import pyarrow.parquet as pq
 
 from ml.artifacts import ArtifactRef
 from ml.evaluation import gate
 from offer_assets import policies
+from offer_assets.evaluation import metrics_for_the_gate
 from offer_assets.metadata import table
 from offer_assets.partitions import CPU
 from resources.compute import Compute
 from resources.endpoints import Endpoints
 from resources.tracking import Tracking
+
+_REQUEST_BYTES = 4 << 20
+"""Well below what an endpoint accepts (6,291,456)."""
+
+_SENT_CHARACTERS = 10_000
+"""Of each column; the text that a model reads is made of far fewer."""
 
 
 @dg.asset(
@@ -25,7 +35,9 @@ def model_version(
 ) -> dg.MaterializeResult:
     """Registered model with its evaluation and the gate's verdict."""
     _refuse_if_not_of_one_student(compute, student_evaluation, compiled_student)
-    verdict = gate.judge(student_evaluation.metrics, compiled_student.metrics, policies.GATE)
+    verdict = gate.judge(
+        metrics_for_the_gate(student_evaluation, compute, tracking), compiled_student.metrics, policies.GATE
+    )
     registered = tracking.register(
         compiled_student,
         metrics=student_evaluation.metrics,
@@ -80,7 +92,7 @@ def offer_endpoint(
             "model_version": status.model_version,
             "taxonomy_version": status.taxonomy_version,
             "pid": status.pid,
-            "started_in_this_run": status.started,
+            "started_at": status.started,
             "registered": f"{registered.name} version {registered.version}",
         },
     )
@@ -105,8 +117,7 @@ def endpoint_answers_the_same(
     """Over HTTP, the endpoint gives the categories that the artifact gives in this process."""
     from ml.serving.predictor import Predictor
 
-    table_file = compute.folder(evaluation_set) / "offers.parquet"
-    offers = pq.read_table(table_file).slice(0, policies.ENDPOINT_SAMPLE_OFFERS).to_pylist()
+    offers = endpoint_sample(compute.folder(evaluation_set) / "offers.parquet")
     expected = [
         prediction.category_id
         for prediction in Predictor.load(compute.folder(offer_endpoint)).predict(offers)
@@ -118,6 +129,28 @@ def endpoint_answers_the_same(
         description=f"{same:,} of {len(offers):,} offers get the same category over HTTP and in process",
         metadata={"offers": len(offers), "same": same},
     )
+
+
+def endpoint_sample(table_file: Path) -> list[dict[str, str]]:
+    """First offers of a table, with what an endpoint needs to know of them, within one request's size.
+
+    Args:
+        table_file: Parquet file with ``offer_id`` and the columns that make an offer's text.
+
+    Returns:
+        At most ``ENDPOINT_SAMPLE_OFFERS`` offers; absent values are left out, long ones cut.
+    """
+    from ml.serving.predictor import TEXT_COLUMNS
+
+    rows = pq.read_table(table_file, columns=["offer_id", *TEXT_COLUMNS])
+    sample, size = list[dict[str, str]](), 0
+    for row in rows.slice(0, policies.ENDPOINT_SAMPLE_OFFERS).to_pylist():
+        offer = {name: value[:_SENT_CHARACTERS] for name, value in row.items() if value is not None}
+        size += len(msgspec.json.encode(offer)) + 1
+        if sample and size > _REQUEST_BYTES:
+            break
+        sample.append(offer)
+    return sample
 
 
 def _refuse_if_not_of_one_student(compute: Compute, evaluation: ArtifactRef, compiled: ArtifactRef) -> None:

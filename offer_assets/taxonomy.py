@@ -1,5 +1,7 @@
 """The category tree: external source and validated artifact. Nothing about offers here."""
 
+from collections import Counter
+
 import dagster as dg
 
 from ml.stages import STAGES, TaxonomyParameters
@@ -47,11 +49,12 @@ def catalog_taxonomy(
         context, "catalog_taxonomy", {}, TaxonomyParameters(source=source, fingerprint=fingerprint)
     )
     taxonomy = Taxonomy.load(compute.folder(result.ref))
+    with_root = Counter(taxonomy.ancestors(category)[0] for category in taxonomy)
     top_level = [
         {
             "category": taxonomy.name(root),
             "id": root,
-            "categories_below": sum(taxonomy.ancestors(category)[0] == root for category in taxonomy) - 1,
+            "categories_below": with_root[root] - 1,
         }
         for root in taxonomy
         if taxonomy.level(root) == 1

@@ -33,6 +33,10 @@ class ArtifactStore(dg.ConfigurableResource[Any], ABC):
         """
 
     @abstractmethod
+    def find_by_digest(self, kind: str, digest: str) -> ArtifactRef | None:
+        """An artifact of this kind and content, or None; looks through all of the kind."""
+
+    @abstractmethod
     def fetch(self, ref: ArtifactRef, *, check: bool = True) -> Path:
         """A local folder that holds the artifact.
 
@@ -99,6 +103,17 @@ class FolderArtifactStore(ArtifactStore):
                 "delete the folder and run again"
             )
         return found
+
+    @override
+    def find_by_digest(self, kind: str, digest: str) -> ArtifactRef | None:
+        for manifest in sorted((self._root / _segment(kind)).glob(f"*/{MANIFEST}")):
+            try:
+                found = reference(manifest.parent)
+            except InputError:
+                continue  # another one, damaged: not the one that was asked for
+            if found.digest == digest:
+                return found
+        return None
 
     @override
     def fetch(self, ref: ArtifactRef, *, check: bool = True) -> Path:

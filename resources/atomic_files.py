@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,9 +38,19 @@ def _written_beside(file: Path, content: bytes) -> Path:
 
 
 @contextmanager
-def only_one(lock_file: Path) -> Iterator[None]:
-    """Hold a lock that one process or thread has at a time; the system releases it however we end."""
+def only_one(lock_file: Path, when_taken: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold a lock that one process or thread has at a time; the system releases it however we end.
+
+    Args:
+        lock_file: Its file; it stays, empty.
+        when_taken: Called once if another has the lock, before waiting for it.
+    """
     lock_file.parent.mkdir(parents=True, exist_ok=True)
     with lock_file.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if when_taken is not None:
+                when_taken()
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -30,12 +30,15 @@ from ml.progress import Progress
 from ml.runner import StageSpec, key_of, run_stage
 from ml.stages import Parameters, stage_named
 from resources.artifact_store import ArtifactStore
-from resources.atomic_files import write_atomically
+from resources.atomic_files import only_one, write_atomically
 from resources.failures import input_errors_fail_plainly
 
 _CODE_ROOT = Path(ml.__file__).parent.parent
 _SECONDS_TO_END = 20.0
 _LINES_SHOWN = 15
+
+_BESIDE_TRAINING = frozenset({"catalogued_offers", "drift_report"})
+"""Heavy stages that need not wait for others: new offers are catalogued while a model trains."""
 
 AnyContext = dg.AssetExecutionContext | dg.AssetCheckExecutionContext
 StageInputs = Mapping[str, ArtifactRef | Mapping[str, ArtifactRef]]
@@ -87,6 +90,19 @@ class Compute(dg.ConfigurableResource[Any], ABC):
             InputFailure: the artifact is gone.
         """
 
+    @abstractmethod
+    def origin(self, ref: ArtifactRef, *kinds: str) -> ArtifactRef:
+        """What an artifact was made of, some steps back.
+
+        Args:
+            ref: The artifact.
+            kinds: Kinds of the inputs to follow from it (each is also the input's name):
+                ``student_checkpoint``, ``training_sample`` leads from a compiled student to the sample.
+
+        Raises:
+            InputFailure: an artifact on the way is gone, or was not made of such an input.
+        """
+
 
 class LocalCompute(Compute):
     """This machine: light stages in this process, heavy ones in a subprocess."""
@@ -116,7 +132,7 @@ class LocalCompute(Compute):
             workspace=str(self.store.workspace(stage.name, key)),
         )
         if stage.heavy:
-            _run_program(context, self.program, spec)
+            self._run_heavy(context, spec)
         else:
             run_stage(spec, Progress(stage.name, context.log.info))
         return self._result(self.store.adopt(stage.name, key), reused=False)
@@ -130,6 +146,32 @@ class LocalCompute(Compute):
     @input_errors_fail_plainly()
     def manifest(self, ref: ArtifactRef) -> Manifest:
         return read_manifest(self.store.fetch(ref, check=False))
+
+    @override
+    @input_errors_fail_plainly()
+    def origin(self, ref: ArtifactRef, *kinds: str) -> ArtifactRef:
+        for kind in kinds:
+            digest = self.manifest(ref).inputs.get(kind)
+            found = self.store.find_by_digest(kind, digest) if digest is not None else None
+            if found is None:
+                raise InputError(
+                    f"the {kind} that {ref.kind} {ref.version} was made of is gone: train and deploy again"
+                )
+            ref = found
+        return ref
+
+    def _run_heavy(self, context: AnyContext, spec: StageSpec) -> None:
+        """Run a program; of those that use every core, one at a time on this machine.
+
+        The lock is the kernel's: whatever is killed, it is free again. It is taken before that of the
+        artifact, and who has only the latter (a stage run by hand) never asks for this one.
+        """
+        if spec.stage in _BESIDE_TRAINING:
+            _run_program(context, self.program, spec)
+            return
+        lock = Path(spec.workspace).parents[2] / "heavy.lock"
+        with only_one(lock, lambda: context.log.info(f"{spec.stage} is waiting for another heavy stage")):
+            _run_program(context, self.program, spec)
 
     def _result(self, ref: ArtifactRef, *, reused: bool) -> StageResult:
         return StageResult(ref=ref, reused=reused, manifest=self.manifest(ref))

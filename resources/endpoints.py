@@ -72,6 +72,14 @@ class Endpoints(dg.ConfigurableResource[Any], ABC):
         """
 
     @abstractmethod
+    def check_available(self) -> None:
+        """Make sure, at next to no cost, that a deployment would find its place.
+
+        Raises:
+            InputFailure: a stranger uses it (the port); the line names the setting.
+        """
+
+    @abstractmethod
     def status(self) -> EndpointStatus | None:
         """What serves right now, asked of the endpoint itself; None if nothing answers."""
 
@@ -133,6 +141,13 @@ class LocalEndpoints(Endpoints):
             if old is not None:
                 _end(old.pid, old.process_started)
             return new
+
+    @override
+    @input_errors_fail_plainly()
+    def check_available(self) -> None:
+        recorded = self._recorded()
+        if recorded is None or recorded.url != self._url:
+            self._check_port_is_free()
 
     @override
     def status(self) -> EndpointStatus | None:

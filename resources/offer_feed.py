@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import os
+import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
@@ -20,8 +23,11 @@ from ml.errors import InputError
 from ml.stages import FeedFile
 from resources.atomic_files import create_once, only_one
 from resources.failures import input_errors_fail_plainly
+from resources.redaction import without_secrets
 
 _UNREADABLE = ".unreadable"
+_SECONDS_UNTIL_SECOND_LOOK = 600.0
+"""An unreadable file that did not change is left alone for so long: a sensor's tick has 60 s in all."""
 
 
 class SeenFile(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,28 +88,60 @@ class OfferFeed(dg.ConfigurableResource["OfferFeed"]):
         return self.files_by_day().get(day, [])
 
     @input_errors_fail_plainly()
-    def files_by_day(self) -> dict[str, list[FeedFile]]:
+    def files_by_day(self, files: Sequence[SeenFile] | None = None) -> dict[str, list[FeedFile]]:
         """Files that hold offers of each day, by day in order, from one look at the whole feed.
 
         A file that is empty or cannot be read is among those of the day it was first seen: making
         that day's raw offers says what is wrong with it, and no other day is stopped by it. Offers
-        from before the first partition or from the future have no partition to be in (yet).
+        from before the first partition or from the future have no partition to be in (yet): see
+        :meth:`left_out`.
+
+        Args:
+            files: What :meth:`files` gave just now, if the caller has it.
 
         Raises:
             InputFailure: as for :meth:`days`.
         """
         by_day: dict[str, list[FeedFile]] = {}
-        for file in self.files():
+        for file in self.files() if files is None else files:
             for day in file.all_days():
                 by_day.setdefault(day, []).append(file.as_feed_file())
         today = _today()
         wanted = {day: by_day[day] for day in sorted(by_day) if self.first_day <= day <= today}
         if not wanted:
             raise InputError(
-                f"OFFER_FEED={self.feed} has offers from {min(by_day)} to {max(by_day)}, none from "
-                f"OFFER_ASSETS_FIRST_DAY={self.first_day} to today ({today}): set an earlier first day"
+                f"OFFER_FEED={without_secrets(self.feed)} has offers from {min(by_day)} to {max(by_day)}, "
+                f"none from OFFER_ASSETS_FIRST_DAY={self.first_day} to today ({today}): "
+                "set an earlier first day"
             )
         return wanted
+
+    def left_out(self, files: Sequence[SeenFile] | None = None) -> dict[str, int]:
+        """Offers that have no partition: ``before <first day>`` and ``after today``, where there are any.
+
+        Args:
+            files: What :meth:`files` gave just now, if the caller has it.
+
+        Raises:
+            InputFailure: as for :meth:`files`.
+        """
+        counts = {f"before {self.first_day}": 0, "after today": 0}
+        today = _today()
+        for file in self.files() if files is None else files:
+            for day, offers in (*file.days.items(), (file.loaded_on, file.undated)):
+                if day < self.first_day:
+                    counts[f"before {self.first_day}"] += offers
+                elif day > today:
+                    counts["after today"] += offers
+        return {name: offers for name, offers in counts.items() if offers}
+
+    def left_out_line(self, files: Sequence[SeenFile] | None = None) -> str:
+        """:meth:`left_out` as one line for people; empty where no offer is left out."""
+        left_out = self.left_out(files)
+        if not left_out:
+            return ""
+        counts = ", ".join(f"{offers:,} {name}" for name, offers in left_out.items())
+        return f"offers without a day to be processed on: {counts} (OFFER_ASSETS_FIRST_DAY={self.first_day})"
 
     @input_errors_fail_plainly()
     def files(self) -> list[SeenFile]:
@@ -131,7 +169,9 @@ class OfferFeed(dg.ConfigurableResource["OfferFeed"]):
             with fsspec.open(self.taxonomy, "rb") as file:
                 fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            raise InputError(f"CATALOG_TAXONOMY={self.taxonomy} cannot be read: {error}") from None
+            raise InputError(
+                f"CATALOG_TAXONOMY={without_secrets(self.taxonomy)} cannot be read: {error}"
+            ) from None
         return TaxonomySource(self.taxonomy, fingerprint)
 
     def prepare(self) -> None:
@@ -151,6 +191,8 @@ class OfferFeed(dg.ConfigurableResource["OfferFeed"]):
             return self._unreadable(uri, "", str(error))
         if known := self._kept(uri, seen):
             return known
+        if broken := self._unreadable_until_now(uri, seen):
+            return broken
         return self._first_look(uri, seen)
 
     def _first_look(self, uri: str, fingerprint: str) -> SeenFile:
@@ -174,7 +216,17 @@ class OfferFeed(dg.ConfigurableResource["OfferFeed"]):
     def _unreadable(self, uri: str, fingerprint: str, problem: str) -> SeenFile:
         """Kept apart, so that the file is looked at again: the cause may have been the network."""
         profile = SeenFile(uri=uri, fingerprint=fingerprint, loaded_on=self.loading_day(uri), problem=problem)
-        return self._keep(profile, _UNREADABLE)
+        kept = self._keep(profile, _UNREADABLE)
+        os.utime(self._file(uri, fingerprint, _UNREADABLE))
+        return kept
+
+    def _unreadable_until_now(self, uri: str, fingerprint: str) -> SeenFile | None:
+        """The record of an unreadable file, while it is too early to look at the file again."""
+        kept = self._kept(uri, fingerprint, _UNREADABLE)
+        if kept is None:
+            return None
+        looked_at = self._file(uri, fingerprint, _UNREADABLE).stat().st_mtime
+        return kept if time.time() - looked_at < _SECONDS_UNTIL_SECOND_LOOK else None
 
     def _keep(self, profile: SeenFile, suffix: str = "") -> SeenFile:
         """Keep the profile, unless another process was first: then its profile holds."""
@@ -199,7 +251,7 @@ class OfferFeed(dg.ConfigurableResource["OfferFeed"]):
 class DemoOfferFeed(OfferFeed):
     """The embedded demo feed, written to ``<home>/demo_feed`` when it is first asked for.
 
-    Days that were added since stay; other settings make the feed anew.
+    Days that were added since stay. With other settings it would be another feed, and needs another home.
     """
 
     days_at_first: int
@@ -231,12 +283,13 @@ class DemoOfferFeed(OfferFeed):
             written = days_in(self._folder)
             if written:
                 there = feed_in(self._folder)
-                if (there.seed, there.offers_per_day) == (wanted.seed, wanted.offers_per_day):
-                    wanted = there
-                else:
-                    for file in self._folder.glob("offers-*.parquet"):
-                        file.unlink()
-                    written = []
+                if (there.seed, there.offers_per_day) != (wanted.seed, wanted.offers_per_day):
+                    raise InputError(
+                        f"{self._folder} holds the demo feed of seed={there.seed} "
+                        f"offers_per_day={there.offers_per_day}; set OFFER_ASSETS_HOME to another folder for "
+                        f"seed={wanted.seed} offers_per_day={wanted.offers_per_day} (or delete it)"
+                    )
+                wanted = there
             if not written or not Path(self.taxonomy).exists():
                 wanted.write_taxonomy(Path(self.taxonomy))
             first = datetime.date.fromisoformat(self.first_day)

@@ -18,8 +18,10 @@ from dotenv import dotenv_values
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from ml.demo import OFFERS_PER_DAY
 from ml.errors import InputError
 from ml.stages import Parameters, StudentParameters, TeacherParameters, TrainingSampleParameters
+from resources.redaction import without_secrets
 
 _ENV_FILE = ".env"
 _PREFIX = "OFFER_ASSETS_"
@@ -144,7 +146,7 @@ class Settings(BaseSettings):
         description="Days of the demo feed.",
     )
     demo_offers_per_day: int = Field(
-        default=8_000,
+        default=OFFERS_PER_DAY,
         ge=1,
         validation_alias="OFFER_ASSETS_DEMO_OFFERS_PER_DAY",
         description="Offers on each day of the demo feed.",
@@ -300,7 +302,8 @@ def _reject_unknown(settings: type[Settings]) -> None:
         if name.startswith(_PREFIX) and name not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
             raise SettingsError(
-                f"{name}={given[name]} is not a setting; did you mean {nearest}? (.env.example lists all)"
+                f"{name}={without_secrets(given[name] or '')} is not a setting; did you mean "
+                f"{nearest}? (.env.example lists all)"
             )
 
 
@@ -315,4 +318,4 @@ def _explain(settings: type[Settings], error: Any) -> str:
     name = str(error["loc"][0])
     variable = name if name not in settings.model_fields else settings.model_fields[name].validation_alias
     message = _PLAINER.get(error["type"], message)
-    return f"{variable}={error['input']} {message}"
+    return without_secrets(f"{variable}={error['input']} {message}")

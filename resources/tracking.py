@@ -22,6 +22,7 @@ from typing_extensions import override
 
 from ml.artifacts import ArtifactRef, JsonValue, Manifest
 from resources.atomic_files import only_one
+from resources.redaction import without_secrets
 
 _T = TypeVar("_T")
 
@@ -47,11 +48,6 @@ class RegisteredVersion(msgspec.Struct, frozen=True, kw_only=True):
     def model_version(self) -> str:
         """The version that predictions carry."""
         return self.ref.version
-
-    @property
-    def verdict(self) -> str | None:
-        """The tag ``verdict``: what the checks made of this version; None before they ran."""
-        return self.tags.get("verdict")
 
 
 class Tracking(dg.ConfigurableResource[Any], ABC):
@@ -214,9 +210,9 @@ class MlflowTracking(Tracking):
                 yield MlflowClient(tracking_uri=self.tracking_uri, registry_uri=self.tracking_uri)
             except MlflowException as error:
                 first_line = str(error).strip().split("\n", maxsplit=1)[0]
-                raise dg.Failure(
-                    f"MLflow at {self.tracking_uri} (MLFLOW_TRACKING_URI): {first_line}"
-                ) from error
+                line = f"MLflow at {self.tracking_uri} (MLFLOW_TRACKING_URI): {first_line}"
+                # Not chained: MLflow's own text may hold the URI with its password.
+                raise dg.Failure(without_secrets(line)) from None
 
     def _file(self) -> Path | None:
         path = self.tracking_uri.removeprefix("sqlite:///")

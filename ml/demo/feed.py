@@ -20,6 +20,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ml.demo import OFFERS_PER_DAY
 from ml.demo.catalog import TAXONOMY_VERSIONS, check_version, taxonomy_csv
 from ml.demo.offers import CHUNK_OFFERS, OfferMaker
 from ml.errors import InputError
@@ -51,7 +52,7 @@ class DemoFeed:
     """
 
     seed: int = 17
-    offers_per_day: int = 12_000
+    offers_per_day: int = OFFERS_PER_DAY
     taxonomy_version: int = 1
 
     def __post_init__(self) -> None:

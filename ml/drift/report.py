@@ -22,6 +22,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 from scipy.stats import chi2
 
+from ml.cores import available_cores
 from ml.drift.columns import Column, Floats, compared_columns, top_category
 from ml.runner import StageContext
 from ml.serving.predictor import Predictor
@@ -135,7 +136,7 @@ def _day(context: StageContext, parameters: DriftParameters) -> list[dict[str, A
 
 def _predicted_reference(context: StageContext, path: Path) -> list[dict[str, Any]]:
     """The reference offers with what the same model predicts for them."""
-    predictor = Predictor.load(context.input("compiled_student"), threads=len(os.sched_getaffinity(0)))
+    predictor = Predictor.load(context.input("compiled_student"), threads=available_cores())
     rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
     with context.progress.bar("cataloguing the reference", len(rows), "offers") as bar:
         for start in range(0, len(rows), _CHUNK_OFFERS):

@@ -54,12 +54,6 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     passed: bool
     propositions: list[Proposition]
 
-    @property
-    def sentence(self) -> str:
-        """The verdict in words: what failed, or that nothing did."""
-        failed = [proposition.sentence for proposition in self.propositions if not proposition.passed]
-        return "Not to be released: " + " ".join(failed) if failed else "May be released."
-
 
 def judge(
     evaluation_metrics: Mapping[str, Any],
@@ -100,9 +94,18 @@ def student_is_not_worse_than_production(metrics: Mapping[str, Any], limits: Gat
     It fails when the loss measured is larger than the limit *and* not chance: the whole confidence
     interval lies below zero. Demanding the interval's lower end above the limit would turn away
     most equal models on a small evaluation set; looking at the difference alone would too, by luck.
-    A first version, with none in production, passes.
+    A first version, with none in production, passes; so does the version in production itself, of
+    which the caller has to say so (``student_is_production``): its metrics cannot know.
     """
     name, limit = "student_is_not_worse_than_production", -limits.max_loss_to_production
+    if metrics.get("student_is_production"):
+        return Proposition(
+            name=name,
+            passed=True,
+            value=None,
+            limit=limit,
+            sentence="This is the version in production: there is no other to compare it with.",
+        )
     if reason := metrics.get("production_not_comparable"):
         return Proposition(
             name=name,

@@ -13,13 +13,10 @@ import duckdb
 import msgspec
 
 from ml.offers import trimmed_sql
+from ml.sampling.split import PRODUCT_KEYS
 
-_PRODUCT_KEYS = {
-    "product_id": "product_id",
-    "gtin": "gtin",
-    "title": "lower(trim(regexp_replace(title, '\\s+', ' ', 'g')))",
-}
-"""What makes two offers the same product: any of these, as an expression over an offer's columns."""
+_PRODUCT_KEYS = {name.removesuffix("_key"): sql for name, sql in PRODUCT_KEYS.items()}
+"""What makes two offers the same product: ``product``, ``gtin`` or ``title``, by the split's own rule."""
 
 
 class Conservation(msgspec.Struct, frozen=True):
@@ -98,9 +95,13 @@ def shared_groups(training_sample: Path, evaluation_set: Path, split_by: str) ->
 
 
 def same_offers(offers: Path, catalogued_offers: Path) -> tuple[int, int, int]:
-    """Clean offers of a day, catalogued ones, and how many ids are in one table only."""
+    """Clean offers of a day, catalogued ones, and how many ids are in one table only.
+
+    An offer that the model refused is in the table without a category: it is not catalogued.
+    """
     clean = f"SELECT offer_id FROM {_parquet(offers / 'offers.parquet')}"
-    catalogued = f"SELECT offer_id FROM {_parquet(catalogued_offers / 'catalogued.parquet')}"
+    table = _parquet(catalogued_offers / "catalogued.parquet")
+    catalogued = f"SELECT offer_id FROM {table} WHERE category_id IS NOT NULL"
     return (
         _count(clean),
         _count(catalogued),

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import shutil
-import tempfile
+import io
+import logging
 import zlib
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any
 
 import msgspec
 import pyarrow as pa
@@ -27,6 +28,7 @@ from ml.feed.csv_files import read_csv
 from ml.feed.json_lines import read_json_lines
 from ml.feed.parquet_files import read_parquet
 from ml.feed.rows import INVALID_ENCODING, MALFORMED_ROW, RAW_SCHEMA, UnusableFileError, first_line
+from ml.feed.source import open_source, uncompressed, unreachable
 from ml.offers import timestamp_sql, trimmed_sql
 from ml.stages import FeedFile, RawOffersParameters
 
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from ml.runner import StageContext
 
 RAW_OFFERS_FILE = "offers.parquet"
+
+_logger = logging.getLogger(__name__)
 
 _READERS = {
     ".parquet": read_parquet,
@@ -47,13 +51,18 @@ _GLOB_CHARACTERS = frozenset("*?[")
 _STAMP_FIELDS = ("ETag", "etag", "checksum", "md5Hash", "mtime", "LastModified", "last_modified", "updated")
 """What file systems call the figure that changes with a file's content, the most telling first."""
 
-_READ_ERRORS = (EOFError, OSError, zlib.error, pa.ArrowException)
-"""What reading a broken file raises, whatever its format."""
+_BROKEN_FILE_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error, pa.ArrowException)
+"""What reading a broken file raises, whatever its format; beside these, OSError without a number."""
 
+_BUFFER_BYTES = 1 << 20
 _ROW_GROUP_ROWS = 65_536
 _ROW_GROUP_BYTES = 128 << 20
 _MAX_FILES_SHOWN = 5
 _MAX_IGNORED_SHOWN = 100
+
+
+class BrokenFileError(InputError):
+    """A file of the feed cannot be used, however often it is read: truncated, say, or not UTF-8."""
 
 
 class FileProfile(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,13 +80,15 @@ def discover_files(feed: str) -> list[str]:
 
     Args:
         feed: File, folder (searched with its subfolders; names that begin with ``.`` or ``_`` are
-            left out), glob, or a URI of one of these on any file system that fsspec knows.
+            left out, and so are files of other formats, such as a README, if there are offers beside
+            them), glob, or a URI of one of these on any file system that fsspec knows.
 
     Returns:
         Absolute paths of local files, full URIs of others.
 
     Raises:
-        InputError: the feed points nowhere, matches nothing, or holds a file of unknown format.
+        InputError: the feed points nowhere, matches nothing, names a file of unknown format, or is a
+            folder with no other files.
     """
     import fsspec
 
@@ -90,7 +101,7 @@ def discover_files(feed: str) -> list[str]:
             found = [name for name in filesystem.glob(path) if filesystem.isfile(name)]
         elif filesystem.isdir(path):
             what = "is a folder without files"
-            found = [name for name in filesystem.find(path) if not _is_hidden(name, path)]
+            found = _offer_files(name for name in filesystem.find(path) if not _is_hidden(name, path))
         else:
             what = "points nowhere: there is no such file or folder"
             found = [path] if filesystem.isfile(path) else []
@@ -102,7 +113,7 @@ def discover_files(feed: str) -> list[str]:
         if _extension(name) not in _READERS:
             raise InputError(
                 f"OFFER_FEED={feed}: {name} is of no known format, expected {_KNOWN_EXTENSIONS}; "
-                "move it away, or name the offers by a glob"
+                "name the offers by a folder or a narrower glob"
             )
     is_local = "file" in filesystem.protocol
     return sorted(name if is_local else filesystem.unstrip_protocol(name) for name in found)
@@ -155,9 +166,11 @@ def read_batches(uri: str, ignored: set[str] | None = None) -> Iterator[pa.Recor
         (``malformed_row``, ``invalid_encoding`` or null) and ``content`` (the original of such a row).
 
     Raises:
-        InputError: the file as a whole cannot be read: missing, empty, truncated, not UTF-8, without
-            a needed column, with a column twice. One line that names it. Batches may have been
+        BrokenFileError: the file as a whole cannot be used: empty, truncated, not UTF-8, without a
+            needed column, with a column twice. One line that names it. Batches may have been
             yielded before the place where a truncated file breaks off.
+        InputError: the file cannot be reached, or not to its end: missing, forbidden, network down.
+            One line that names it.
     """
     yield from _read(uri, set() if ignored is None else ignored)
 
@@ -166,11 +179,13 @@ def write_raw_offers(context: StageContext, parameters: RawOffersParameters) -> 
     """Stage ``raw_offers``: the offers of one day, exactly as delivered, as ``offers.parquet``.
 
     An offer belongs to the UTC date of its ``offered_at``; without one that can be understood, to the
-    day its file was loaded. A file that cannot be read contributes nothing (not half of itself) and
-    is listed in the metric ``unreadable_files``; the others still load.
+    day its file was loaded. A file that cannot be used contributes nothing (not half of itself) and
+    is listed in the metric ``unreadable_files``; the others still load. A file that just could not be
+    reached fails the stage instead: the same files read again later would give another result.
 
     Raises:
-        InputError: no file can be read, or there is no offer of this day.
+        InputError: no file can be used, one cannot be reached or changed since it was looked at, or
+            there is no offer of this day.
     """
     totals: Counter[str] = Counter()
     ignored: set[str] = set()
@@ -183,7 +198,7 @@ def write_raw_offers(context: StageContext, parameters: RawOffersParameters) -> 
             part = context.checkpoints / f"part-{number:05}.parquet"
             try:
                 counts, others = _write_day_of_file(file, parameters.day, part)
-            except InputError as error:
+            except BrokenFileError as error:
                 unreadable.append(str(error))
                 context.progress.say(f"left out: {error}")
             else:
@@ -300,40 +315,28 @@ class _Writer:
 
 def _read(uri: str, ignored: set[str], columns: tuple[str, ...] | None = None) -> Iterator[pa.RecordBatch]:
     """Open ``uri``, undo gzip, read it in its format; whatever breaks becomes an InputError naming it."""
-    import fsspec
-
     extension = _extension(uri)
     if extension not in _READERS:
-        raise InputError(f"{uri} is of no known format, expected {_KNOWN_EXTENSIONS}")
+        raise BrokenFileError(f"{uri} is of no known format, expected {_KNOWN_EXTENSIONS}")
     is_parquet = extension == ".parquet"
-    try:
-        with ExitStack() as stack:
-            file: IO[bytes] = stack.enter_context(fsspec.open(uri, "rb").open())
+    with ExitStack() as stack:
+        source = stack.enter_context(open_source(uri))
+        try:
+            file: IO[bytes] = stack.enter_context(io.BufferedReader(source, _BUFFER_BYTES))
             if uri.lower().endswith(".gz"):
-                file = stack.enter_context(_uncompressed(file, seekable=is_parquet))
+                file = stack.enter_context(uncompressed(file, seekable=is_parquet))
             if is_parquet and columns is not None:
                 yield from read_parquet(file, uri, ignored, columns)
             else:
                 yield from _READERS[extension](file, uri, ignored)
-    except FileNotFoundError:
-        raise InputError(f"{uri}: there is no such file") from None
-    except UnusableFileError as error:
-        raise InputError(f"{uri} {error}") from None
-    except _READ_ERRORS as error:
-        raise InputError(f"{uri} cannot be read: {first_line(error)}") from None
-
-
-@contextmanager
-def _uncompressed(file: IO[bytes], *, seekable: bool) -> Iterator[IO[bytes]]:
-    """The content of a gzipped file; in a temporary file if the reader has to jump about in it."""
-    with gzip.GzipFile(fileobj=file) as content:
-        if not seekable:
-            yield cast("IO[bytes]", content)
-            return
-        with tempfile.TemporaryFile() as temporary:
-            shutil.copyfileobj(content, temporary)
-            temporary.seek(0)
-            yield temporary
+        except UnusableFileError as error:
+            raise BrokenFileError(f"{uri} {error}") from None
+        except Exception as error:
+            if source.failure is not None:
+                raise unreachable(uri, source.failure) from error
+            if isinstance(error, _BROKEN_FILE_ERRORS) or (isinstance(error, OSError) and error.errno is None):
+                raise BrokenFileError(f"{uri} cannot be read: {first_line(error)}") from None
+            raise
 
 
 def _extension(name: str) -> str:
@@ -341,6 +344,22 @@ def _extension(name: str) -> str:
     if suffixes and suffixes[-1] == ".gz":
         suffixes.pop()
     return suffixes[-1] if suffixes else ""
+
+
+def _offer_files(names: Iterable[str]) -> list[str]:
+    """The files among those of a folder that can be offers; all of them if none can."""
+    every = sorted(names)
+    found = [name for name in every if _extension(name) in _READERS]
+    if found and len(found) < len(every):
+        _say_left_out(tuple(name for name in every if _extension(name) not in _READERS))
+    return found or every
+
+
+@cache
+def _say_left_out(names: tuple[str, ...]) -> None:
+    """Once, however often the folder is looked at."""
+    shown = ", ".join(names[:_MAX_FILES_SHOWN])
+    _logger.warning("left out %d files of no offer format: %s", len(names), shown)
 
 
 def _is_hidden(name: str, folder: str) -> bool:

@@ -2,7 +2,7 @@
 
 :class:`Classifier` is both teacher and student. Text goes in, one logit per category comes out:
 tokens, transformer, mean over the tokens, length one, linear layer. Where the
-encoder comes from is in :mod:`ml.learning.pretrained`, training in :mod:`ml.learning.training`.
+encoder comes from is in :mod:`ml.learning.encoder_files`, training in :mod:`ml.learning.training`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ml.cores import available_cores
 from ml.errors import InputError
 from ml.learning.calibration import softmax
-from ml.learning.pretrained import encoder_folder, load_encoder, load_tokenizer
+from ml.learning.encoder_files import encoder_folder
+from ml.learning.pretrained import load_encoder, load_tokenizer
 from ml.offers import TEXT_VERSION
 
 POOLING = "mean"
@@ -99,18 +101,23 @@ class Classifier(nn.Module):
         tokenizer.enable_truncation(settings.max_tokens)
 
     @classmethod
-    def from_encoder(cls, choice: str, labels: Sequence[str], settings: ClassifierSettings) -> Classifier:
+    def from_encoder(
+        cls, choice: str, labels: Sequence[str], settings: ClassifierSettings, *, digest: str = ""
+    ) -> Classifier:
         """A pretrained encoder under a fresh output layer (see :meth:`initialise_head`).
 
         Args:
             choice: ``packaged-minilm``, a local folder or URI in transformers format, or a hub id.
             labels: Category ids, in the order of the output.
             settings: What to store beside the weights.
+            digest: What the encoder's weights have to be (see
+                :func:`ml.learning.encoder_files.encoder_digest`); empty: whatever they are.
 
         Raises:
-            InputError: the encoder cannot be had or read, or cannot take that many tokens.
+            InputError: the encoder cannot be had or read, has other weights, or cannot take that many
+                tokens.
         """
-        with encoder_folder(choice) as folder:
+        with encoder_folder(choice, digest) as folder:
             encoder = load_encoder(folder)
             tokenizer, tokenizer_files = load_tokenizer(folder)
         if settings.max_tokens > (limit := _position_limit(encoder.config)):
@@ -320,7 +327,7 @@ def autocast(device: torch.device) -> torch.autocast:
 def use_available_cores() -> None:
     """One thread for every core this process may use, unless ``OMP_NUM_THREADS`` says otherwise."""
     if not os.environ.get("OMP_NUM_THREADS"):
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        torch.set_num_threads(available_cores())
 
 
 def _position_limit(config: Any) -> int:

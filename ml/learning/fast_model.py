@@ -1,7 +1,7 @@
 """Stage ``fast_checkpoint``: the traditional model, n-grams and a linear classifier.
 
-It answers tens of thousands of offers a second where the transformer answers hundreds, and is the
-baseline that a transformer has to beat. It learns from the labelled offers and from unlabelled ones
+It answers thousands of offers a second where the transformer answers hundreds, and is the baseline
+that a transformer has to beat. It learns from the labelled offers and from unlabelled ones
 of which the teacher is sure. Needs no torch.
 """
 
@@ -24,6 +24,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.svm import LinearSVC
 
 from ml.artifacts import read_manifest, short_version
+from ml.cores import available_cores
 from ml.errors import InputError
 from ml.learning.calibration import fit_temperature, softmax, targets_of, validation_figures
 from ml.learning.labelling import check_same_offers, read_teacher_labels
@@ -277,7 +278,7 @@ def _fit(
         weights[:, row], bias[row] = machine.coef_[0], machine.intercept_[0]
 
     # the solver works outside the interpreter lock, so threads are enough
-    threads = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+    threads = int(os.environ.get("OMP_NUM_THREADS") or available_cores())
     with ThreadPoolExecutor(threads) as pool, progress.bar("training", classes, "categories") as bar:
         for _ in pool.map(fit_one, range(classes)):
             bar.update(1)

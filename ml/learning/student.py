@@ -21,14 +21,13 @@ from torch.nn import functional
 from ml.artifacts import read_manifest, short_version
 from ml.learning.calibration import fit_temperature, targets_of, validation_figures
 from ml.learning.encoder import Classifier, best_device, use_available_cores
+from ml.learning.encoder_files import TEACHER
 from ml.learning.labelling import TeacherLabels, check_same_offers, read_teacher_labels
 from ml.learning.training import TrainingPlan, learning_curve_json, train, training_metrics
 from ml.learning.training_data import LabelledTexts, read_labelled, read_unlabelled, strings
 from ml.runner import StageContext
 from ml.stages import StudentParameters
 from ml.taxonomy import Taxonomy
-
-TEACHER = "teacher"
 
 _NOTHING = -1e4
 """Logit of an outcome that cannot be; finite, because 0 times infinity is not 0."""
@@ -159,9 +158,10 @@ def _untrained_student(teacher: Classifier, parameters: StudentParameters) -> Cl
             student.head.bias /= teacher.settings.temperature
         return student
     settings = msgspec.structs.replace(teacher.settings, instruction="", max_tokens=parameters.max_tokens)
-    return Classifier.from_encoder(parameters.encoder, teacher.labels, settings).keep_layers(
-        parameters.layers
+    original = Classifier.from_encoder(
+        parameters.encoder, teacher.labels, settings, digest=parameters.encoder_digest
     )
+    return original.keep_layers(parameters.layers)
 
 
 def _distillation_set(context: StageContext, labels: list[str]) -> DistillationSet:

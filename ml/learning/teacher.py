@@ -45,7 +45,9 @@ def train_teacher(context: StageContext, parameters: TeacherParameters) -> dict[
         max_tokens=parameters.max_tokens,
         instruction=parameters.instruction,
     )
-    model = Classifier.from_encoder(parameters.encoder, labels, settings).to(best_device())
+    model = Classifier.from_encoder(
+        parameters.encoder, labels, settings, digest=parameters.encoder_digest
+    ).to(best_device())
     context.progress.say(
         f"{model.parameter_count / 1e6:.1f} M parameters, {len(training.texts):,} offers to learn from, "
         f"{len(validation.texts):,} to validate on, {len(labels):,} categories"

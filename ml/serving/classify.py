@@ -17,13 +17,15 @@ from typing import Any
 import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from dotenv import dotenv_values
 
+from ml.artifacts import ArtifactRef
+from ml.cores import available_cores
 from ml.errors import InputError
 from ml.feed.reading import discover_files, read_batches
 from ml.progress import Progress
 from ml.serving.pool import PredictorPool, WorkerError
 from ml.serving.predictor import PREDICTION_SCHEMA, TEXT_COLUMNS, prediction_table
-from ml.serving.workers import available_cores
 
 OUTPUT_SCHEMA = PREDICTION_SCHEMA.append(pa.field("problem", pa.string()))
 
@@ -31,12 +33,6 @@ _BATCH_OFFERS = 512
 _ROW_GROUP_OFFERS = 65_536
 _FEED_COLUMNS = ("offer_id", *TEXT_COLUMNS, "problem")
 _PROBLEMS_SHOWN = 5
-
-
-class _Current(msgspec.Struct):
-    """What ``endpoint/current.json`` says of the endpoint that runs."""
-
-    model: str
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -97,16 +93,21 @@ def classify(
 
 
 def model_folder(model: str) -> Path:
-    """Folder of the model that ``--model`` names; ``current`` is the one that the local endpoint serves.
+    """Folder of the model that ``--model`` names; ``current`` is the one that was deployed last.
+
+    It is looked up in the home of the pipeline, ``OFFER_ASSETS_HOME`` in the environment or in
+    ``.env``, whether the endpoint runs or not.
 
     Raises:
-        InputError: no endpoint was deployed here.
+        InputError: no endpoint was deployed there.
     """
     if model != "current":
         return Path(model)
-    path = Path(os.environ.get("OFFER_ASSETS_HOME") or ".offer_assets") / "endpoint" / "current.json"
+    settings = {**dotenv_values(".env"), **os.environ}
+    home = Path(settings.get("OFFER_ASSETS_HOME") or ".offer_assets").expanduser()
+    path = home / "pointers" / "offer_endpoint.json"
     try:
-        return Path(msgspec.json.decode(path.read_bytes(), type=_Current).model)
+        deployed = msgspec.json.decode(path.read_bytes(), type=ArtifactRef)
     except FileNotFoundError:
         raise InputError(
             f"--model current: {path} does not exist, no endpoint was deployed; materialize offer_endpoint, "
@@ -114,6 +115,8 @@ def model_folder(model: str) -> Path:
         ) from None
     except msgspec.DecodeError as error:
         raise InputError(f"--model current: {path} cannot be read: {error}; give a folder instead") from None
+    # by kind and key, not by the stored URI: the home may have been moved
+    return home / "artifacts" / deployed.kind / deployed.key
 
 
 def _files_of(feed: str) -> list[str]:

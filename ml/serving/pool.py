@@ -20,9 +20,10 @@ from typing import Any, BinaryIO
 
 import msgspec
 
+from ml.cores import available_cores
 from ml.errors import InputError
 from ml.serving.predictor import TEXT_COLUMNS, Prediction, Predictor
-from ml.serving.workers import available_cores, single_thread_environment
+from ml.serving.workers import single_thread_environment
 
 _LENGTH_BYTES = 4
 _BATCHES_PER_WORKER = 2

@@ -23,8 +23,9 @@ from types import FrameType
 import msgspec
 
 from ml.artifacts import read_manifest
+from ml.cores import available_cores
 from ml.errors import InputError
-from ml.serving.workers import available_cores, single_thread_environment
+from ml.serving.workers import single_thread_environment
 
 DEFAULT_MODEL = "/opt/ml/model"
 DEFAULT_PORT = 8080

@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-
-def available_cores() -> int:
-    """Cores that this process may use: as many workers keep them busy."""
-    return len(os.sched_getaffinity(0))
+_IMPORT_ROOT = Path(__file__).resolve().parents[2]
+"""The folder that holds the package ``ml``."""
 
 
 def single_thread_environment() -> dict[str, str]:
     """Environment of a worker process: this one's, with one thread, and this code importable."""
-    search_path = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    search_path = [str(_IMPORT_ROOT), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, search_path)),

@@ -124,3 +124,31 @@ def start_and_kill_in_training(home: Path, env: dict[str, str]) -> str:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     return log.read_text()
+
+
+@dataclass
+class Answer:
+    """What a command printed, and how long it took."""
+
+    text: str
+    seconds: float
+
+
+@pytest.fixture(scope="session")
+def second_run(demo: Demo) -> Answer:
+    """The same demo again, with nothing changed."""
+    return _timed(["offer_assets", "demo"], demo.env)
+
+
+@pytest.fixture(scope="session")
+def drifted(demo: Demo, second_run: Answer) -> Answer:
+    """A drifted day, added after everything else was looked at unchanged."""
+    return _timed(["offer_assets", "demo-drift"], demo.env)
+
+
+def _timed(arguments: list[str], env: dict[str, str]) -> Answer:
+    started_at = time.monotonic()
+    answer = run(arguments, env)
+    seconds = time.monotonic() - started_at
+    assert answer.returncode == 0, answer.stdout[-4000:] + answer.stderr[-4000:]
+    return Answer(answer.stdout, seconds)

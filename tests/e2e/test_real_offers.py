@@ -11,7 +11,7 @@ import pytest
 
 from .conftest import environment, free_port, run
 
-pytestmark = [pytest.mark.real_data, pytest.mark.xdist_group("real")]
+pytestmark = [pytest.mark.real_data, pytest.mark.xdist_group("real"), pytest.mark.timeout(1500)]
 
 SUBSET_OFFERS = 1_500
 

@@ -5,11 +5,12 @@ import re
 import subprocess
 import sys
 
+import msgspec
 import pyarrow.parquet as pq
 import pytest
 
 from ml import __main__ as command_line
-from ml.artifacts import read_manifest, short_version
+from ml.artifacts import ArtifactRef, read_manifest, short_version
 from ml.errors import InputError
 from ml.serving.classify import OUTPUT_SCHEMA, classify, model_folder
 from ml.serving.predictor import Predictor
@@ -85,21 +86,39 @@ def test_a_feed_that_breaks_off_leaves_the_earlier_result_alone(compiled_student
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
 
 
-def test_current_is_the_model_that_the_local_endpoint_serves(compiled_student, tmp_path, monkeypatch):
-    monkeypatch.setenv("OFFER_ASSETS_HOME", str(tmp_path))
-    (tmp_path / "endpoint").mkdir()
-    (tmp_path / "endpoint" / "current.json").write_text(
-        json.dumps({"model": str(compiled_student), "pid": 1})
-    )
-    assert model_folder("current") == compiled_student
+@pytest.fixture
+def moved_home(tmp_path, monkeypatch):
+    """A home whose pointer still names the place where the artifact was before."""
+    home = tmp_path / "home"
+    (home / "pointers").mkdir(parents=True)
+    ref = ArtifactRef(kind="compiled_student", key="k1", digest="d", uri="/before/k1")
+    (home / "pointers" / "offer_endpoint.json").write_bytes(msgspec.json.encode(ref))
+    monkeypatch.delenv("OFFER_ASSETS_HOME", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return home
+
+
+@pytest.mark.parametrize("where", ["environment", ".env", "default"])
+def test_current_is_the_model_deployed_last_even_if_the_home_was_moved(where, moved_home, monkeypatch):
+    if where == "environment":
+        (moved_home.parent / ".env").write_text("OFFER_ASSETS_HOME=elsewhere\n")
+        monkeypatch.setenv("OFFER_ASSETS_HOME", str(moved_home))
+    elif where == ".env":
+        (moved_home.parent / ".env").write_text("OFFER_ASSETS_HOME=home\n")
+    else:
+        moved_home.rename(moved_home.with_name(".offer_assets"))
+    found = model_folder("current").resolve().relative_to(moved_home.parent)
+    assert found.as_posix().split("/", 1)[1] == "artifacts/compiled_student/k1"
 
 
 @pytest.mark.parametrize(("content", "said"), [(None, "no endpoint was deployed"), ("{", "cannot be read")])
-def test_current_without_an_endpoint_says_what_to_do(content, said, tmp_path, monkeypatch):
-    monkeypatch.setenv("OFFER_ASSETS_HOME", str(tmp_path))
-    if content is not None:
-        (tmp_path / "endpoint").mkdir()
-        (tmp_path / "endpoint" / "current.json").write_text(content)
+def test_current_without_an_endpoint_says_what_to_do(content, said, moved_home, monkeypatch):
+    monkeypatch.setenv("OFFER_ASSETS_HOME", str(moved_home))
+    pointer = moved_home / "pointers" / "offer_endpoint.json"
+    if content is None:
+        pointer.unlink()
+    else:
+        pointer.write_text(content)
     with pytest.raises(InputError, match=said):
         model_folder("current")
 

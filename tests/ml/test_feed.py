@@ -19,7 +19,14 @@ import pytest
 
 from ml.errors import InputError
 from ml.feed import rows as feed_rows
-from ml.feed.reading import discover_files, fingerprint, profile_file, read_batches, write_raw_offers
+from ml.feed.reading import (
+    BrokenFileError,
+    discover_files,
+    fingerprint,
+    profile_file,
+    read_batches,
+    write_raw_offers,
+)
 from ml.feed.rows import FEED_COLUMN_NAMES, RAW_SCHEMA
 from ml.progress import Progress
 from ml.runner import StageContext
@@ -290,6 +297,18 @@ def test_a_feed_is_a_file_a_folder_a_glob_or_a_uri(tmp_path):
     assert profile_file("memory://discovered/x.parquet").rows == 3
 
 
+def test_a_folder_may_hold_other_files_beside_the_offers(tmp_path, caplog):
+    offers, note = write(tmp_path, "a.csv", "x"), write(tmp_path, "README.txt", "x")
+    for _ in range(2):
+        assert discover_files(str(tmp_path)) == [str(offers)]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"left out 1 files of no offer format: {note}"
+    ]
+    for named in (str(note), f"{tmp_path}/*"):
+        with pytest.raises(InputError, match=r"README\.txt is of no known format"):
+            discover_files(named)
+
+
 def test_a_feed_that_points_nowhere_fails_naming_the_setting(tmp_path):
     (tmp_path / "empty").mkdir()
     write(tmp_path, "notes.txt", "x")
@@ -374,6 +393,55 @@ def test_a_file_that_cannot_be_read_contributes_nothing_and_the_others_still_loa
     assert metrics["files"] == 1
     (reason,) = metrics["unreadable_files"]
     assert str(bad) in reason
+
+
+class BreakingFile(io.BytesIO):
+    """A file on a network that is gone after the first bytes."""
+
+    def __init__(self, content: bytes, error: Exception) -> None:
+        super().__init__(content)
+        self._error = error
+
+    def read(self, size: int | None = -1) -> bytes:
+        if self.tell() > 0:
+            raise self._error
+        return super().read(min(size, 100) if size and size > 0 else 100)
+
+
+@pytest.mark.parametrize("extension", [".csv", ".csv.gz", ".jsonl", ".parquet", ".parquet.gz"])
+@pytest.mark.parametrize("error", [OSError(5, "connection lost"), RuntimeError("connection lost")], ids=repr)
+def test_a_file_that_cannot_be_fetched_fails_the_stage_instead_of_being_left_out(
+    tmp_path, monkeypatch, extension, error
+):
+    good = write(tmp_path, "good.csv", as_csv(OFFERS[:1]))
+    content = WRITERS[extension.removesuffix(".gz")](INCOMPRESSIBLE)
+    far = write(tmp_path, f"far{extension}", gzip.compress(content) if extension.endswith(".gz") else content)
+    fetch = fsspec.open
+
+    class Opener:
+        def __init__(self, uri: str, mode: str) -> None:
+            self._uri, self._mode = uri, mode
+
+        def open(self):
+            if self._uri == str(far):
+                return BreakingFile(far.read_bytes(), error)
+            return fetch(self._uri, self._mode).open()
+
+    monkeypatch.setattr(fsspec, "open", Opener)
+    with pytest.raises(InputError, match=rf"far{extension}.*connection lost.*run again") as raised:
+        load(tmp_path, "2024-05-01", feed_file(good), feed_file(far))
+    assert not isinstance(raised.value, BrokenFileError)
+
+
+def test_a_file_that_is_gone_fails_the_stage(tmp_path):
+    good, gone = write(tmp_path, "good.csv", as_csv(OFFERS[:1])), tmp_path / "gone.csv"
+    with pytest.raises(InputError, match=r"gone\.csv: there is no such file"):
+        load(
+            tmp_path,
+            "2024-05-01",
+            feed_file(good),
+            FeedFile(uri=str(gone), fingerprint="", loaded_on="2024-05-01"),
+        )
 
 
 def test_a_feed_without_any_readable_offer_fails(tmp_path):

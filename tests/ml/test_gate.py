@@ -27,7 +27,6 @@ def failed(verdict):
 def test_a_good_student_may_be_released():
     verdict = judge(EVALUATION, COMPILED)
     assert verdict.passed
-    assert verdict.sentence == "May be released."
     assert [p.name for p in verdict.propositions] == [
         "student_is_close_to_teacher",
         "student_is_not_worse_than_production",
@@ -44,7 +43,7 @@ def test_every_proposition_is_the_function_of_its_name():
 def test_a_student_far_from_its_teacher_fails_and_the_sentence_has_the_figures():
     verdict = judge(EVALUATION | {"student_share_of_teacher": 0.9499}, COMPILED)
     assert failed(verdict) == ["student_is_close_to_teacher"]
-    assert verdict.sentence.startswith("Not to be released: Weighted F1 of the student is 0.8600, 95.0%")
+    assert verdict.propositions[0].sentence.startswith("Weighted F1 of the student is 0.8600, 95.0%")
 
 
 @pytest.mark.parametrize(
@@ -71,6 +70,14 @@ def test_a_first_version_has_nothing_to_be_worse_than():
     verdict = judge(first, COMPILED)
     assert verdict.passed
     assert verdict.propositions[1].value is None
+    assert verdict.propositions[1].sentence == "There is no version in production yet."
+
+
+def test_the_version_in_production_is_not_said_to_be_the_first():
+    first = {name: value for name, value in EVALUATION.items() if "production" not in name}
+    proposition = judge(first | {"student_is_production": True}, COMPILED).propositions[1]
+    assert proposition.passed
+    assert proposition.sentence.startswith("This is the version in production")
 
 
 def test_a_production_version_that_cannot_be_compared_fails_unless_that_is_accepted():

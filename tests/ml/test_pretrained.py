@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import hashlib
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from ml.errors import InputError
 from ml.learning.encoder import Classifier, ClassifierSettings
-from ml.learning.pretrained import encoder_folder
+from ml.learning.encoder_files import encoder_digest, encoder_folder
 from ml.offers import TEXT_VERSION
 from tests.ml.tiny_models import WORDS_OF, tiny_encoder
 
@@ -64,3 +67,37 @@ def test_an_encoder_with_missing_weights_is_refused(tmp_path: Path) -> None:
     save_file(weights, encoder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"no weights for encoder\.layer\.1\.output\.dense\.weight"):
         Classifier.from_encoder(str(encoder), LABELS, SETTINGS)
+
+
+def test_the_digest_of_an_encoder_is_that_of_its_weights(tmp_path: Path) -> None:
+    encoder = tiny_encoder(tmp_path / "encoder")
+    expected = hashlib.sha256((encoder / "model.safetensors").read_bytes()).hexdigest()
+    assert encoder_digest(str(encoder)) == expected
+    assert encoder_digest("packaged-minilm").startswith("53aa5117")
+    assert {encoder_digest(choice) for choice in ("teacher", encoder.as_uri(), "owner/name@main")} == {""}
+    (encoder / "model.safetensors").rename(encoder / "model-00001-of-00001.safetensors")
+    (encoder / "model.safetensors.index.json").write_text("{}")
+    assert encoder_digest(str(encoder)) not in {"", expected}
+
+
+def test_an_encoder_whose_weights_were_replaced_is_refused(tmp_path: Path) -> None:
+    encoder = tiny_encoder(tmp_path / "encoder")
+    digest = encoder_digest(str(encoder))
+    Classifier.from_encoder(str(encoder), LABELS, SETTINGS, digest=digest)
+    weights = load_file(encoder / "model.safetensors")
+    save_file({name: -tensor for name, tensor in weights.items()}, encoder / "model.safetensors")
+    for choice in (str(encoder), encoder.as_uri()):
+        with pytest.raises(InputError, match=rf"expected {digest}"):
+            Classifier.from_encoder(choice, LABELS, SETTINGS, digest=digest)
+
+
+def test_knowing_the_digest_of_an_encoder_takes_no_torch() -> None:
+    program = "import sys, ml.learning.encoder_files; print({'torch', 'transformers'} & set(sys.modules))"
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert ended.stdout == "set()\n"

@@ -55,7 +55,7 @@ def test_a_clean_split_shares_nothing(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("train", "found"),
     [
-        ({"product_id": ["p9"]}, "evaluation_product_id"),
+        ({"product_id": ["p9"]}, "evaluation_product"),
         ({"gtin": ["g9"]}, "evaluation_gtin"),
         ({"title": ["Held   OUT "]}, "evaluation_title"),
         ({"shop_id": ["s2"]}, "evaluation_shop_id"),
@@ -65,11 +65,24 @@ def test_each_way_to_share_a_group_is_seen(tmp_path, train, found) -> None:
     assert shared_groups(*sample(tmp_path, train, {}), "shop")[found] == 1
 
 
+def test_a_placeholder_is_no_product_and_leading_zeros_make_no_other(tmp_path) -> None:
+    nothing = sample(tmp_path / "zeros", {"gtin": ["0000"], "product_id": [" "]}, {"gtin": ["00000000"]})
+    assert not any(shared_groups(*nothing, "product").values())
+    same = sample(tmp_path / "same", {"gtin": ["0042"]}, {"gtin": ["42"]})
+    assert shared_groups(*same, "product")["evaluation_gtin"] == 1
+
+
 def test_a_shop_on_both_sides_is_fine_when_products_are_split(tmp_path) -> None:
     assert not any(shared_groups(*sample(tmp_path, {"shop_id": ["s2"]}, {}), "product").values())
 
 
 def test_a_missing_and_a_doubled_catalogued_offer_are_seen(tmp_path) -> None:
     offers = write(tmp_path / "o" / "offers.parquet", offer_id=["a", "b"])
-    assert same_offers(offers, write(tmp_path / "c" / "catalogued.parquet", offer_id=["b", "a"])) == (2, 2, 0)
-    assert same_offers(offers, write(tmp_path / "d" / "catalogued.parquet", offer_id=["a", "a"])) == (2, 2, 2)
+
+    def compared(name: str, ids: list[str], categories: list[str | None]) -> tuple[int, int, int]:
+        path = tmp_path / name / "catalogued.parquet"
+        return same_offers(offers, write(path, offer_id=ids, category_id=categories))
+
+    assert compared("same", ["b", "a"], ["1", "2"]) == (2, 2, 0)
+    assert compared("doubled", ["a", "a"], ["1", "1"]) == (2, 2, 2)
+    assert compared("refused", ["a", "b"], ["1", None]) == (2, 1, 1)

@@ -59,7 +59,7 @@ STAND_INS = {
         partitioned_inputs=partitioned,
         heavy=name != "light",
     )
-    for name, partitioned in (("light", ()), ("heavy", ()), ("gathering", ("days",)))
+    for name, partitioned in (("light", ()), ("heavy", ()), ("upstream", ()), ("gathering", ("days",)))
 }
 
 

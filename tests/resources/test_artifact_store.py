@@ -53,6 +53,15 @@ def test_a_published_artifact_is_found_with_its_digest_and_metrics(store, publis
     assert (ref.kind, ref.key, ref.metrics) == (KIND, KEY, {"rows": 3})
 
 
+def test_an_artifact_is_found_by_its_content_past_a_damaged_one(store, publish):
+    damaged = publish(key="0" * 32, content="damaged")
+    Path(damaged.uri, MANIFEST).write_text("{")
+    ref = publish()
+    assert store.find_by_digest(KIND, ref.digest) == ref
+    assert store.find_by_digest(KIND, "0" * 64) is None
+    assert store.find_by_digest("another_kind", ref.digest) is None
+
+
 def test_a_folder_without_manifest_is_no_artifact(store):
     folder = store.destination(KIND, KEY)
     folder.mkdir(parents=True)

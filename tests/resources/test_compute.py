@@ -1,6 +1,7 @@
 """Stages behind the compute door, in real Dagster runs, the heavy ones as real processes."""
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -13,7 +14,9 @@ import pytest
 
 from ml import stages
 from ml.artifacts import ArtifactRef
+from resources import compute as compute_module
 from resources.artifact_store import FolderArtifactStore
+from resources.atomic_files import only_one
 from resources.compute import LocalCompute, StageInputs, StageResult
 from tests.resources.stand_in import STAND_INS, StandInParameters
 
@@ -54,6 +57,11 @@ def run(compute: LocalCompute, instance: dg.DagsterInstance) -> Run:
         return results[0]
 
     return run
+
+
+def lines_so_far(instance: dg.DagsterInstance) -> list[str]:
+    """As :func:`lines`, but while the run may not even have begun."""
+    return lines(instance) if instance.get_runs(limit=1) else []
 
 
 def lines(instance: dg.DagsterInstance) -> list[str]:
@@ -163,6 +171,47 @@ def test_a_check_can_run_a_stage_too(compute):
 
     assert dg.materialize([offers, holds], resources={"compute": compute}).success
     assert text_of(compute, results[0].ref) == "hello"
+
+
+def test_a_heavy_stage_waits_for_another_one_and_says_so(run, instance, tmp_path):
+    holding, released = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with only_one(tmp_path / "home" / "heavy.lock"):
+            holding.set()
+            released.wait(60)
+
+    threading.Thread(target=hold, daemon=True).start()
+    assert holding.wait(60)
+
+    def release_once_it_waits() -> None:
+        while not any("waiting for another heavy stage" in line for line in lines_so_far(instance)):
+            time.sleep(0.01)
+        released.set()
+
+    threading.Thread(target=release_once_it_waits, daemon=True).start()
+    run("heavy")
+    assert released.is_set()
+
+
+def test_cataloguing_and_light_stages_wait_for_nobody(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(compute_module, "_BESIDE_TRAINING", frozenset({"heavy"}))
+    with only_one(tmp_path / "home" / "heavy.lock"):
+        assert not run("heavy").reused
+        assert not run("light").reused
+
+
+def test_the_origin_of_an_artifact_is_found_through_what_it_was_made_of(run, compute):
+    sample = run("light", text="sample").ref
+    run("light", text="newer sample")
+    student = run("upstream", {"upstream": sample}).ref
+    compiled = run("heavy", {"upstream": student}).ref
+    assert compute.origin(compiled, "upstream") == student
+    with pytest.raises(dg.Failure, match=rf"the light that heavy {compiled.version} was made of is gone"):
+        compute.origin(compiled, "light")
+    shutil.rmtree(student.uri)
+    with pytest.raises(dg.Failure, match=r"the upstream that heavy .* is gone: train and deploy again"):
+        compute.origin(compiled, "upstream")
 
 
 def test_a_cancelled_run_ends_the_program(run, tmp_path):

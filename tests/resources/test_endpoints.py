@@ -21,6 +21,7 @@ import msgspec
 import pytest
 
 from ml.artifacts import ArtifactRef, reference, write_manifest
+from ml.errors import InputError
 from resources import endpoints as endpoints_module
 from resources.endpoints import EndpointError, Endpoints, EndpointStatus, LocalEndpoints
 
@@ -88,6 +89,20 @@ def test_a_deployed_model_answers_and_says_what_it_is(endpoints, model, port):
     assert endpoints.status() == status
     predictions = endpoints.invoke([{"offer_id": "2", "title": "b"}, {"offer_id": "1", "title": "a"}])
     assert [prediction["offer_id"] for prediction in predictions] == ["2", "1"]
+
+
+def test_a_port_of_a_stranger_is_told_before_anything_is_deployed(endpoints, port):
+    endpoints.check_available()
+    with socket.socket() as stranger:
+        stranger.bind(("127.0.0.1", port))
+        stranger.listen()
+        with pytest.raises(InputError, match=f"^OFFER_ASSETS_ENDPOINT_PORT={port} cannot be used"):
+            endpoints.check_available()
+
+
+def test_the_port_is_available_to_the_version_after_the_one_that_serves(endpoints, model):
+    endpoints.deploy(*model("first"))
+    endpoints.check_available()
 
 
 def test_the_same_version_again_goes_on_as_it_is(endpoints, model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -102,7 +103,9 @@ def test_an_unreadable_file_belongs_to_its_first_day_and_stops_no_other(feed, fo
     assert names_of(feed, "2026-11-10") == ["broken.parquet"]
 
 
-def test_a_file_that_was_unreadable_for_a_while_keeps_its_first_day(feed, folder, today, monkeypatch):
+def test_a_file_that_was_unreadable_for_a_while_keeps_its_first_day(
+    feed, folder, tmp_path, today, monkeypatch
+):
     deliver(folder, "a.csv", "")
 
     def no_network(uri: str) -> None:
@@ -112,8 +115,44 @@ def test_a_file_that_was_unreadable_for_a_while_keeps_its_first_day(feed, folder
         outage.setattr(ml_feed, "profile_file", no_network)
         assert feed.days() == ["2026-11-10"]
     today[0] = "2026-11-12"
+    (record,) = (tmp_path / "home" / "feed").glob("*.unreadable.json")
+    os.utime(record, (0, 0))
     assert feed.days() == ["2026-11-10"]
     assert [file.problem for file in feed.files()] == [None]
+
+
+def test_an_unreadable_file_is_left_alone_for_a_while(feed, folder, tmp_path, monkeypatch):
+    deliver(folder, "a.csv", "")
+    looks = []
+
+    def no_network(uri: str) -> None:
+        looks.append(uri)
+        raise InputError(f"{uri} cannot be read: no network")
+
+    monkeypatch.setattr(ml_feed, "profile_file", no_network)
+    assert [feed.days() for _ in range(3)] == [["2026-11-10"]] * 3
+    assert len(looks) == 1
+    (record,) = (tmp_path / "home" / "feed").glob("*.unreadable.json")
+    os.utime(record, (0, 0))
+    assert [feed.days() for _ in range(3)] == [["2026-11-10"]] * 3
+    assert len(looks) == 2
+
+
+def test_offers_without_a_partition_are_counted(feed, folder):
+    deliver(folder, "a.csv", "2026-10-01", "2026-10-31", "2026-11-02", "")
+    assert feed.left_out() == {"before 2026-11-01": 2}
+    deliver(folder, "b.csv", "2026-11-11")
+    assert feed.left_out() == {"before 2026-11-01": 2, "after today": 1}
+    assert feed.left_out_line() == (
+        "offers without a day to be processed on: 2 before 2026-11-01, 1 after today "
+        "(OFFER_ASSETS_FIRST_DAY=2026-11-01)"
+    )
+
+
+def test_where_every_offer_has_its_day_there_is_nothing_to_tell(feed, folder):
+    deliver(folder, "a.csv", "2026-11-02", "")
+    assert feed.left_out() == {}
+    assert feed.left_out_line() == ""
 
 
 def test_an_empty_file_is_missed_on_the_day_it_came(feed, folder):
@@ -195,11 +234,11 @@ class TestDemo:
             seen = list(pool.map(lambda _: self.demo(tmp_path).files(), range(4)))
         assert all(files == seen[0] for files in seen)
 
-    def test_other_settings_make_it_anew(self, tmp_path):
+    def test_other_settings_need_another_home_and_leave_this_one_as_it_is(self, tmp_path):
         before = self.demo(tmp_path).files()
-        after = self.demo(tmp_path, seed=18).files()
-        assert [file.uri for file in after] == [file.uri for file in before]
-        assert all(new.fingerprint != old.fingerprint for new, old in zip(after, before, strict=True))
+        with pytest.raises(InputError, match=r"holds the demo feed of seed=17 .* another folder for seed=18"):
+            self.demo(tmp_path, seed=18).files()
+        assert self.demo(tmp_path).files() == before
 
     def test_a_drifted_day_follows_the_newest_and_stays(self, tmp_path):
         feed = self.demo(tmp_path)

@@ -122,6 +122,14 @@ def test_a_wrong_value_names_variable_value_and_expectation(folder, monkeypatch,
     assert line.startswith(f"{name}={value} {expectation.format(folder=folder)}")
 
 
+def test_a_wrong_value_is_told_without_its_password(monkeypatch):
+    line = refusal(monkeypatch, MLFLOW_TRACKING_URI="oracle://me:hunter2@db/mlflow")
+    assert line.startswith("MLFLOW_TRACKING_URI=oracle://***@db/mlflow must be a URI")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    line = refusal(monkeypatch, OFFER_ASSETS_TRACKING="https://me:hunter2@mlflow")
+    assert "OFFER_ASSETS_TRACKING=https://***@mlflow is not a setting" in line
+
+
 def test_a_home_that_is_a_file_is_refused(folder, monkeypatch):
     (folder / "file").touch()
     assert "OFFER_ASSETS_HOME=file must be a folder" in refusal(monkeypatch, OFFER_ASSETS_HOME="file")

@@ -131,7 +131,6 @@ def test_a_version_remembers_its_artifact_metrics_and_verdict(tracking):
     assert registered.model_version == "5" * 12
     assert registered.ref == msgspec.structs.replace(compiled("5"), metrics={"accuracy": 0.9})
     assert registered.metrics == {"accuracy": 0.9}
-    assert registered.verdict == "passed"
     assert registered.tags == {"verdict": "passed", "evaluation": "e" * 64}
     assert not registered.in_production
 
@@ -139,7 +138,7 @@ def test_a_version_remembers_its_artifact_metrics_and_verdict(tracking):
 def test_a_digest_is_registered_once_and_takes_the_new_verdict(tracking):
     tracking.register(compiled("5"), {"accuracy": 0.9}, {"verdict": "failed"})
     again = tracking.register(compiled("5"), {"accuracy": 0.91}, {"verdict": "passed"})
-    assert (again.version, again.verdict, again.metrics) == ("1", "passed", {"accuracy": 0.91})
+    assert (again.version, again.tags["verdict"], again.metrics) == ("1", "passed", {"accuracy": 0.91})
     assert tracking.register(compiled("6"), {}, {}).version == "2"
 
 
@@ -192,6 +191,15 @@ def test_a_store_that_does_not_open_is_one_line_with_the_setting(monkeypatch):
     with pytest.raises(dg.Failure, match=r"^MLflow at http://127.0.0.1:9 \(MLFLOW_TRACKING_URI\)") as failure:
         tracking.production()
     assert "\n" not in str(failure.value)
+
+
+def test_a_store_that_refuses_does_not_tell_its_password(monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    tracking = MlflowTracking(tracking_uri="http://me:hunter2@127.0.0.1:9", model_name="m")
+    with pytest.raises(dg.Failure, match=r"^MLflow at http://\*\*\*@127.0.0.1:9 ") as failure:
+        tracking.production()
+    assert "hunter2" not in str(failure.value)
+    assert failure.value.__suppress_context__
 
 
 def test_a_new_database_is_made_quietly(tmp_path):

@@ -1,20 +1,22 @@
-"""New files of a day start one run; the same files start none."""
+"""New files of a day start one run; the same files start none, unless their run failed."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import dagster as dg
 import pytest
+from dagster._core.storage.tags import RUN_KEY_TAG
 
 from ml.artifacts import ArtifactRef
-from resources.artifact_store import FolderArtifactStore
 from resources.environment import resources_for
-from resources.offer_feed import OfferFeed
 from resources.settings import Settings
 from sensors.new_offers import new_offers
 
 HEADER = "offer_id,shop_id,title,offered_at\n"
+
+Tick = Callable[..., dg.SensorResult]
 
 
 @pytest.fixture
@@ -29,37 +31,132 @@ def feed_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def tick(cursor: str | None = None) -> dg.SensorResult | dg.SkipReason:
-    resources = resources_for(Settings.from_environment())
-    feed, store = resources["offer_feed"], resources["artifact_store"]
-    assert isinstance(feed, OfferFeed)
-    context = dg.build_sensor_context(cursor=cursor)
-    return new_offers(context, offer_feed=feed, artifact_store=store)
+@pytest.fixture
+def instance() -> Iterator[dg.DagsterInstance]:
+    with dg.DagsterInstance.ephemeral() as instance:
+        yield instance
 
 
-def test_the_first_tick_starts_each_day_once(feed_folder: Path) -> None:
+@pytest.fixture
+def tick(feed_folder: Path, instance: dg.DagsterInstance) -> Tick:
+    """One tick; its requests become runs that end as told (``None``: they are never launched)."""
+
+    def tick(
+        cursor: str | None = None, ending: dg.DagsterRunStatus | None = dg.DagsterRunStatus.SUCCESS
+    ) -> dg.SensorResult:
+        resources = resources_for(Settings.from_environment())
+        result = new_offers(
+            dg.build_sensor_context(cursor=cursor, instance=instance),
+            offer_feed=resources["offer_feed"],
+            artifact_store=resources["artifact_store"],
+        )
+        assert isinstance(result, dg.SensorResult)
+        for request in result.run_requests or []:
+            if ending is not None:
+                instance.add_run(
+                    dg.DagsterRun(
+                        job_name=request.job_name or "",
+                        run_id=dg.DagsterRun(job_name="any").run_id,
+                        status=ending,
+                        tags={RUN_KEY_TAG: request.run_key or ""},
+                    )
+                )
+        return result
+
+    return tick
+
+
+def deploy_endpoint() -> None:
+    store = resources_for(Settings.from_environment())["artifact_store"]
+    store.write_pointer("offer_endpoint", ArtifactRef(kind="compiled_student", key="k", digest="d", uri="u"))
+
+
+def days(result: dg.SensorResult) -> list[str | None]:
+    return [request.partition_key for request in result.run_requests or []]
+
+
+def jobs(result: dg.SensorResult) -> set[str | None]:
+    return {request.job_name for request in result.run_requests or []}
+
+
+def reason(result: dg.SensorResult) -> str:
+    assert result.skip_reason is not None
+    return result.skip_reason.skip_message or ""
+
+
+def test_the_first_tick_starts_each_day_once(tick: Tick) -> None:
     result = tick()
-    assert [request.partition_key for request in result.run_requests] == ["2026-11-02", "2026-11-03"]
-    assert {request.job_name for request in result.run_requests} == {"ingest_day"}
-    again = tick(result.cursor)
-    assert isinstance(again, dg.SkipReason)
-    assert "nothing new" in again.skip_message
+    assert days(result) == ["2026-11-02", "2026-11-03"]
+    assert jobs(result) == {"ingest_day"}
+    assert reason(tick(result.cursor)) == "nothing new: all 2 days of the feed were started before"
 
 
-def test_a_repeated_tick_asks_for_the_same_run_keys(feed_folder: Path) -> None:
+def test_a_repeated_tick_asks_for_the_same_run_keys(tick: Tick) -> None:
     """A crash between evaluation and cursor replays the tick; run keys keep it at one run."""
-    assert [r.run_key for r in tick().run_requests] == [r.run_key for r in tick().run_requests]
+    first, second = tick(ending=None), tick("not a cursor", ending=None)
+    assert [r.run_key for r in first.run_requests or []] == [r.run_key for r in second.run_requests or []]
 
 
-def test_a_new_file_starts_only_its_day(feed_folder: Path) -> None:
+def test_a_run_that_was_never_launched_is_asked_for_again_under_its_key(tick: Tick) -> None:
+    first = tick(ending=None)
+    again = tick(first.cursor)
+    assert [r.run_key for r in first.run_requests or []] == [r.run_key for r in again.run_requests or []]
+
+
+def test_a_new_file_starts_only_its_day(tick: Tick, feed_folder: Path) -> None:
     cursor = tick().cursor
     (feed_folder / "b.csv").write_text(HEADER + "3,s,three,2026-11-03\n")
+    assert days(tick(cursor)) == ["2026-11-03"]
+
+
+def test_a_failed_day_is_run_three_times_in_all_and_then_named(tick: Tick) -> None:
+    result = tick(ending=dg.DagsterRunStatus.FAILURE)
+    keys = [r.run_key for r in result.run_requests or []]
+    for _ in range(2):
+        result = tick(result.cursor, ending=dg.DagsterRunStatus.FAILURE)
+        keys += [r.run_key for r in result.run_requests or []]
+    assert len(keys) == len(set(keys)) == 2 * 3
+    result = tick(result.cursor)
+    assert "gave up after 3 failed runs on 2026-11-02, 2026-11-03" in reason(result)
+    assert "gave up" in reason(tick(result.cursor))
+
+
+def test_new_files_of_a_day_that_failed_have_attempts_of_their_own(tick: Tick, feed_folder: Path) -> None:
+    result = tick(ending=dg.DagsterRunStatus.FAILURE)
+    for _ in range(3):
+        result = tick(result.cursor, ending=dg.DagsterRunStatus.FAILURE)
+    (feed_folder / "b.csv").write_text(HEADER + "3,s,three,2026-11-03\n")
+    assert days(tick(result.cursor)) == ["2026-11-03"]
+
+
+@pytest.mark.parametrize("status", [dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELED])
+def test_a_run_under_way_or_canceled_by_a_person_is_not_started_again(
+    tick: Tick, status: dg.DagsterRunStatus
+) -> None:
+    assert "nothing new" in reason(tick(tick(ending=status).cursor))
+
+
+def test_with_a_live_endpoint_new_offers_are_catalogued_too(tick: Tick) -> None:
+    deploy_endpoint()
+    assert jobs(tick()) == {"process_day"}
+
+
+def test_days_from_before_the_first_endpoint_are_catalogued_once_there_is_one(tick: Tick) -> None:
+    cursor = tick().cursor
+    deploy_endpoint()
     result = tick(cursor)
-    assert [request.partition_key for request in result.run_requests] == ["2026-11-03"]
+    assert (days(result), jobs(result)) == (["2026-11-02", "2026-11-03"], {"process_day"})
+    assert "nothing new" in reason(tick(result.cursor))
 
 
-def test_with_a_live_endpoint_new_offers_are_catalogued_too(feed_folder: Path) -> None:
-    store = resources_for(Settings.from_environment())["artifact_store"]
-    assert isinstance(store, FolderArtifactStore)
-    store.write_pointer("offer_endpoint", ArtifactRef(kind="compiled_student", key="k", digest="d", uri="u"))
-    assert {request.job_name for request in tick().run_requests} == {"process_day"}
+def test_a_long_feed_is_started_in_portions(tick: Tick, feed_folder: Path) -> None:
+    rows = [f"{day},s,t,2026-11-{day:02}\n" for day in range(1, 16)]
+    (feed_folder / "a.csv").write_text(HEADER + "".join(rows))
+    first = tick()
+    second = tick(first.cursor)
+    assert (len(days(first)), len(days(second))) == (10, 5)
+
+
+def test_offers_that_are_left_out_are_told(tick: Tick, feed_folder: Path) -> None:
+    (feed_folder / "old.csv").write_text(HEADER + "9,s,old,2026-10-02\n")
+    assert "1 before 2026-11-01" in reason(tick(tick().cursor))

@@ -16,9 +16,9 @@ import pytest
 
 from tests.conftest import system_program
 
-from .conftest import ROOT, Demo, free_port, run, wait_for
+from .conftest import ROOT, Answer, Demo, free_port, wait_for
 
-pytestmark = pytest.mark.xdist_group("demo")
+pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.timeout(1500)]
 
 DAEMONS = "{ instance { daemonHealth { allDaemonStatuses { daemonType healthy required } } } }"
 LOCATION = 'repositoryLocationName: "offer_assets", repositoryName: "__repository__"'
@@ -155,13 +155,11 @@ def test_the_neuron_partition_says_what_it_needs(ui: Ui, demo: Demo) -> None:
 
 
 @pytest.mark.browser
-def test_the_pages_look_as_they_should(ui: Ui, demo: Demo, tmp_path: Path) -> None:
+def test_the_pages_look_as_they_should(ui: Ui, drifted: Answer, tmp_path: Path) -> None:
     """The asset graph, an asset's page with its plot, and a failed check, in a real browser."""
     from playwright.sync_api import sync_playwright
 
     chromium = system_program("chromium")
-    drifted = run(["offer_assets", "demo-drift"], demo.env)
-    assert drifted.returncode == 0, drifted.stderr[-2000:]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=chromium,

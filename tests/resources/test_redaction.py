@@ -1,0 +1,24 @@
+"""What is kept from people's eyes, and what is not."""
+
+from __future__ import annotations
+
+import pytest
+
+from resources.redaction import without_secrets
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("postgresql://me:hunter2@db:5432/mlflow", "postgresql://***@db:5432/mlflow"),
+        ("at https://me:p@ss/w?rd@host/x: refused", "at https://***@host/x: refused"),
+        ("https://token@host/x", "https://***@host/x"),
+        ("postgresql://db/mlflow?user=me&password=hunter2", "postgresql://db/mlflow?user=me&password=***"),
+        ("http://host:8080/a@b", "http://host:8080/a@b"),
+        ("s3://bucket/offers@2026/*.csv", "s3://bucket/offers@2026/*.csv"),
+        ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),
+        ("no URI at all: a@b", "no URI at all: a@b"),
+    ],
+)
+def test_user_password_and_secrets_of_a_uri_are_not_shown(text, shown):
+    assert without_secrets(text) == shown
