@@ -31,7 +31,9 @@ from sklearn.svm import LinearSVC
 from benchmarks.report import save, show
 from ml.evaluation.metrics import scores, scores_by_level
 from ml.taxonomy import Taxonomy
-from resources.artifact_store import FolderArtifactStore
+from resources.artifact_store import ArtifactStore
+from resources.environment import resources_for
+from resources.settings import Settings
 
 
 def main() -> None:
@@ -46,7 +48,10 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as home:
         seconds = _run_graph(options, home)
-        figures = _compare(FolderArtifactStore(root=str(Path(home) / "artifacts")))
+        settings = Settings(
+            home=home, offer_feed=str(options.offers.absolute()), catalog_taxonomy=str(options.taxonomy)
+        )
+        figures = _compare(resources_for(settings)["artifact_store"])
     show(figures["models"])
     save(
         options.name,
@@ -60,7 +65,7 @@ def _run_graph(options: argparse.Namespace, home: str) -> float:
         port = probe.getsockname()[1]
     environment = {
         **os.environ,
-        "OFFER_FEED": str(options.offers),
+        "OFFER_FEED": str(options.offers.absolute()),
         "CATALOG_TAXONOMY": str(options.taxonomy),
         "OFFER_ASSETS_HOME": home,
         "OFFER_ASSETS_SPLIT_BY": options.split_by,
@@ -74,7 +79,7 @@ def _run_graph(options: argparse.Namespace, home: str) -> float:
     return time.perf_counter() - started_at
 
 
-def _compare(store: FolderArtifactStore) -> dict[str, Any]:
+def _compare(store: ArtifactStore) -> dict[str, Any]:
     def folder(asset: str) -> Path:
         ref = store.read_pointer(asset)
         assert ref is not None, asset

@@ -85,11 +85,13 @@ class ArtifactStore(dg.ConfigurableResource[Any], ABC):
 class FolderArtifactStore(ArtifactStore):
     """Artifacts in a folder of this machine.
 
-    ``root/<kind>/<key>`` are artifacts, ``root/../pointers`` pointers, ``root/../work`` work in
+    ``root/<kind>/<key>`` are artifacts, ``root/../pointers/<feed>`` pointers, ``root/../work`` work in
     progress. References are resolved by kind and key, so that the whole home can be moved.
     """
 
     root: str
+    feed: str
+    """Whose pointers these are; artifacts are shared, see :mod:`resources.feed_name`."""
 
     @override
     def find(self, kind: str, key: str) -> ArtifactRef | None:
@@ -168,7 +170,7 @@ class FolderArtifactStore(ArtifactStore):
 
     def _pointer_file(self, name: str) -> Path:
         *folders, last = (_segment(part) for part in name.split("/"))
-        return self._root.parent.joinpath("pointers", *folders, last + _POINTER_SUFFIX)
+        return self._root.parent.joinpath("pointers", _segment(self.feed), *folders, last + _POINTER_SUFFIX)
 
     def _read(self, file: Path) -> ArtifactRef | None:
         try:

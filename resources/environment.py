@@ -7,7 +7,7 @@ from typing import Any
 from resources.artifact_store import FolderArtifactStore
 from resources.compute import LocalCompute
 from resources.endpoints import LocalEndpoints
-from resources.home import claim_home
+from resources.feed_name import feed_name
 from resources.io_manager import ArtifactRefIOManager
 from resources.offer_feed import DemoOfferFeed, OfferFeed
 from resources.settings import Settings, SettingsError
@@ -18,15 +18,14 @@ def resources_for(settings: Settings) -> dict[str, Any]:
     """Dagster resources by the name under which assets ask for them.
 
     Raises:
-        SettingsError: there are none for this environment, or the home is another feed's.
+        SettingsError: there are none for this environment.
     """
     if settings.environment == "aws":
         raise SettingsError(
             "OFFER_ASSETS_ENV=aws: its artifact store, compute and endpoints are not built yet; use local"
         )
-    claim_home(settings)
     home = str(settings.home)
-    store = FolderArtifactStore(root=str(settings.home / "artifacts"))
+    store = FolderArtifactStore(root=str(settings.home / "artifacts"), feed=feed_name(settings))
     return {
         "artifact_store": store,
         "io_manager": ArtifactRefIOManager(store=store),

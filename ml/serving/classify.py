@@ -105,14 +105,15 @@ def model_folder(model: str) -> Path:
         return Path(model)
     settings = {**dotenv_values(".env"), **os.environ}
     home = Path(settings.get("OFFER_ASSETS_HOME") or ".offer_assets").expanduser()
-    path = home / "pointers" / "offer_endpoint.json"
+    pointers = sorted(home.glob("pointers/*/offer_endpoint.json"), key=lambda file: file.stat().st_mtime)
+    if not pointers:
+        raise InputError(
+            f"--model current: no endpoint was deployed from {home}; materialize offer_endpoint, "
+            "set OFFER_ASSETS_HOME, or give a folder"
+        )
+    path = pointers[-1]
     try:
         deployed = msgspec.json.decode(path.read_bytes(), type=ArtifactRef)
-    except FileNotFoundError:
-        raise InputError(
-            f"--model current: {path} does not exist, no endpoint was deployed; materialize offer_endpoint, "
-            "set OFFER_ASSETS_HOME, or give a folder"
-        ) from None
     except msgspec.DecodeError as error:
         raise InputError(f"--model current: {path} cannot be read: {error}; give a folder instead") from None
     # by kind and key, not by the stored URI: the home may have been moved

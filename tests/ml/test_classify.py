@@ -90,9 +90,9 @@ def test_a_feed_that_breaks_off_leaves_the_earlier_result_alone(compiled_student
 def moved_home(tmp_path, monkeypatch):
     """A home whose pointer still names the place where the artifact was before."""
     home = tmp_path / "home"
-    (home / "pointers").mkdir(parents=True)
+    (home / "pointers" / "demo").mkdir(parents=True)
     ref = ArtifactRef(kind="compiled_student", key="k1", digest="d", uri="/before/k1")
-    (home / "pointers" / "offer_endpoint.json").write_bytes(msgspec.json.encode(ref))
+    (home / "pointers" / "demo" / "offer_endpoint.json").write_bytes(msgspec.json.encode(ref))
     monkeypatch.delenv("OFFER_ASSETS_HOME", raising=False)
     monkeypatch.chdir(tmp_path)
     return home
@@ -114,7 +114,7 @@ def test_current_is_the_model_deployed_last_even_if_the_home_was_moved(where, mo
 @pytest.mark.parametrize(("content", "said"), [(None, "no endpoint was deployed"), ("{", "cannot be read")])
 def test_current_without_an_endpoint_says_what_to_do(content, said, moved_home, monkeypatch):
     monkeypatch.setenv("OFFER_ASSETS_HOME", str(moved_home))
-    pointer = moved_home / "pointers" / "offer_endpoint.json"
+    pointer = moved_home / "pointers" / "demo" / "offer_endpoint.json"
     if content is None:
         pointer.unlink()
     else:

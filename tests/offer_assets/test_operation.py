@@ -99,7 +99,7 @@ def processed_day(tmp_path: Path) -> Calls:
     CALLS.inputs.clear()
     CALLS.deployed.clear()
     (tmp_path / "drift.json").write_text('{"columns": []}')
-    store = FolderArtifactStore(root=str(tmp_path / "artifacts"))
+    store = FolderArtifactStore(root=str(tmp_path / "artifacts"), feed="feed")
 
     @dg.asset(partitions_def=DAYS)
     def offers() -> ArtifactRef:

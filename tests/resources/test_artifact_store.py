@@ -18,7 +18,7 @@ KIND, KEY = "offers", "0123456789abcdef" * 2
 
 @pytest.fixture(params=[FolderArtifactStore])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> ArtifactStore:
-    return request.param(root=str(tmp_path / "home" / "artifacts"))
+    return request.param(root=str(tmp_path / "home" / "artifacts"), feed="feed")
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ class TestFolder:
         ref = publish()
         store.write_pointer("offers/2026-11-02", ref)
         (tmp_path / "home").rename(tmp_path / "moved")
-        moved = FolderArtifactStore(root=str(tmp_path / "moved" / "artifacts"))
+        moved = FolderArtifactStore(root=str(tmp_path / "moved" / "artifacts"), feed="feed")
         pointed = moved.read_pointer("offers/2026-11-02")
         assert pointed is not None
         assert pointed.digest == ref.digest
@@ -181,12 +181,12 @@ class TestFolder:
     def test_a_pointer_that_a_crash_left_unfinished_is_not_listed(self, tmp_path, publish, store):
         ref = publish()
         store.write_pointer("offers/2026-11-02", ref)
-        folder = tmp_path / "home" / "pointers" / "offers"
+        folder = tmp_path / "home" / "pointers" / "feed" / "offers"
         (folder / ".2026-11-03.json.0123.partial").write_bytes(b'{"kind"')
         assert list(store.list_pointers("offers")) == ["2026-11-02"]
 
     def test_a_pointer_that_somebody_edited_wrongly_is_named(self, tmp_path, publish, store):
         store.write_pointer("sample", publish())
-        (tmp_path / "home" / "pointers" / "sample.json").write_text("not json")
+        (tmp_path / "home" / "pointers" / "feed" / "sample.json").write_text("not json")
         with pytest.raises(InputError, match=r"sample\.json is not a reference"):
             store.read_pointer("sample")

@@ -31,7 +31,7 @@ def _stand_in_stages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def compute(tmp_path: Path) -> LocalCompute:
-    store = FolderArtifactStore(root=str(tmp_path / "home" / "artifacts"))
+    store = FolderArtifactStore(root=str(tmp_path / "home" / "artifacts"), feed="feed")
     return LocalCompute(store=store, program="tests.resources.stand_in")
 
 

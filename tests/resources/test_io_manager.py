@@ -101,7 +101,7 @@ Materialize = Callable[..., None]
 
 @pytest.fixture
 def materialize(tmp_path: Path) -> Materialize:
-    store = FolderArtifactStore(root=str(tmp_path / "artifacts"))
+    store = FolderArtifactStore(root=str(tmp_path / "artifacts"), feed="feed")
 
     def materialize(*names: str, partition: str | None = None) -> None:
         dg.materialize(
