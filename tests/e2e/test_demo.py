@@ -176,7 +176,7 @@ def test_an_unreadable_feed_fails_its_day_naming_the_file(tmp_path: Path, name: 
         ),
     )
     assert answer.returncode == 1
-    lines = [line for line in answer.stderr.splitlines() if "raw_offers" in line]
+    lines = [line for line in answer.stderr.splitlines() if line.startswith("  raw_offers: ")]
     assert len(lines) == 1, answer.stderr
     assert name in lines[0]
 

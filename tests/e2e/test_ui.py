@@ -168,7 +168,8 @@ def test_the_pages_look_as_they_should(ui: Ui, drifted: Answer, tmp_path: Path) 
         page = browser.new_page(viewport={"width": 1600, "height": 1000})
         folder = Path(os.environ.get("SCREENSHOTS", tmp_path))
         for name, path, text in (
-            ("graph", "/asset-groups", "teacher_checkpoint"),
+            ("groups", "/asset-groups", "operation"),
+            ("graph", "/locations/offer_assets/asset-groups/training/lineage", "teacher_checkpoint"),
             ("asset", "/assets/student_evaluation?view=overview", "worst_categories"),
             ("check", "/assets/drift_report?view=checks&checkDetail=no_drift", "columns drifted"),
         ):
