@@ -43,7 +43,6 @@ GOOD = {
     "category_id": "kettles",
 }
 KETTLES = Taxonomy([Category("kettles", None, "Kettles")])
-SHARED_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 def as_csv(rows: list[dict]) -> bytes:
@@ -413,11 +412,9 @@ def test_columns_of_the_clean_table_are_those_of_the_feed():
         ("pricerunner", "pricerunner", 35_311, {}),
     ],
 )
-def test_real_data_offers_pass_with_their_own_taxonomy(tmp_path, name, taxonomy, raw, reasons):
-    if not SHARED_DATA.parent.exists():
-        pytest.skip("no shared data beside the checkout")
-    tree = Taxonomy.read_csv(str(SHARED_DATA / "taxonomy" / f"{taxonomy}.csv"))
-    content = (SHARED_DATA / "offers" / f"{name}.parquet").read_bytes()
+def test_real_data_offers_pass_with_their_own_taxonomy(tmp_path, real_data, name, taxonomy, raw, reasons):
+    tree = Taxonomy.read_csv(str(real_data / "taxonomy" / f"{taxonomy}.csv"))
+    content = (real_data / "offers" / f"{name}.parquet").read_bytes()
     day = Day(tmp_path, f"{name}.parquet", content, taxonomy=tree)
     assert day.metrics["raw"] == raw == day.metrics["clean"] + day.metrics["quarantined"]
     assert {reason: day.metrics[reason] for reason in REASONS if day.metrics[reason]} == reasons

@@ -19,7 +19,6 @@ from ml.stages import TaxonomyParameters
 from ml.taxonomy import MAX_LEVELS, Category, Taxonomy, write_taxonomy
 
 HOME = "category_id,parent_id,name\nh,,Home\nk,h,Kitchen\nw,k,Kettles\ng,,Garden\n"
-SHARED_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 def read(text: str | bytes) -> Taxonomy:
@@ -223,9 +222,7 @@ def test_a_cycle_is_always_found(categories, data):
         ("shopify/2025-03.csv", 10_595, 8),
     ],
 )
-def test_real_data_taxonomies_are_read(name, categories, levels):
-    if not SHARED_DATA.parent.exists():
-        pytest.skip("no shared data beside the checkout")
-    tree = Taxonomy.read_csv(str(SHARED_DATA / "taxonomy" / name))
+def test_real_data_taxonomies_are_read(real_data, name, categories, levels):
+    tree = Taxonomy.read_csv(str(real_data / "taxonomy" / name))
     assert (len(tree), tree.levels) == (categories, levels)
     assert tree.table().num_rows == categories
