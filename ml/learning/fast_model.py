@@ -7,10 +7,8 @@ of which the teacher is sure. Needs no torch.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,6 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.svm import LinearSVC
 
 from ml.artifacts import read_manifest, short_version
-from ml.cores import available_cores
 from ml.errors import InputError
 from ml.learning.calibration import fit_temperature, softmax, targets_of, validation_figures
 from ml.learning.labelling import check_same_offers, read_teacher_labels
@@ -260,7 +257,7 @@ def _fit(
     parameters: FastModelParameters,
     progress: Progress,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """One support vector machine per category against the rest, on all cores.
+    """One support vector machine per category against the rest.
 
     Returns:
         Weights (features, classes) and bias (classes,), float32.
@@ -270,16 +267,14 @@ def _fit(
     if classes == 1:
         return weights, bias
 
-    def fit_one(row: int) -> None:
-        machine = LinearSVC(
-            C=parameters.regularisation, tol=_TOLERANCE, random_state=parameters.seed, dual=True
-        )
-        machine.fit(features, targets == row, sample_weight=row_weights)
-        weights[:, row], bias[row] = machine.coef_[0], machine.intercept_[0]
-
-    # the solver works outside the interpreter lock, so threads are enough
-    threads = int(os.environ.get("OMP_NUM_THREADS") or available_cores())
-    with ThreadPoolExecutor(threads) as pool, progress.bar("training", classes, "categories") as bar:
-        for _ in pool.map(fit_one, range(classes)):
+    # One after the other: the solver draws from one random generator per process, so threads would make
+    # every training a little different, and they gained next to nothing.
+    with progress.bar("training", classes, "categories") as bar:
+        for row in range(classes):
+            machine = LinearSVC(
+                C=parameters.regularisation, tol=_TOLERANCE, random_state=parameters.seed, dual=True
+            )
+            machine.fit(features, targets == row, sample_weight=row_weights)
+            weights[:, row], bias[row] = machine.coef_[0], machine.intercept_[0]
             bar.update(1)
     return weights, bias
