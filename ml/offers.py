@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from ml.errors import InputError
 from ml.stages import OffersParameters
 
 if TYPE_CHECKING:
@@ -107,6 +108,19 @@ _PROSE = ("title", "description", "brand", "shop_category")
 
 _MEMORY_LIMIT = "1GB"
 _ROW_GROUP_ROWS = 65_536
+
+
+def check_text_version(folder: Path, version: str) -> None:
+    """Refuse a model that learned from another kind of text than :func:`offer_text` makes.
+
+    Raises:
+        InputError: ``version``, that of the model in ``folder``, is not ``TEXT_VERSION``.
+    """
+    if version != TEXT_VERSION:
+        raise InputError(
+            f"{folder} was trained on offer text version {version}, this version makes {TEXT_VERSION}; "
+            "train it again"
+        )
 
 
 def offer_text(offer: Mapping[str, Any]) -> str:

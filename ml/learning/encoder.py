@@ -30,7 +30,7 @@ from ml.errors import InputError
 from ml.learning.calibration import softmax
 from ml.learning.encoder_files import encoder_folder
 from ml.learning.pretrained import load_encoder, load_tokenizer
-from ml.offers import TEXT_VERSION
+from ml.offers import check_text_version
 
 POOLING = "mean"
 
@@ -146,11 +146,7 @@ class Classifier(nn.Module):
             ) from None
         except (msgspec.DecodeError, SafetensorError) as error:
             raise InputError(f"{folder} is damaged: {error}; delete the folder and make it again") from None
-        if settings.text_version != TEXT_VERSION:
-            raise InputError(
-                f"{folder} was trained on offer text version {settings.text_version}, this version makes "
-                f"{TEXT_VERSION}; train it again"
-            )
+        check_text_version(folder, settings.text_version)
         if settings.pooling != POOLING:
             raise InputError(
                 f"{folder / 'classifier.json'}: pooling {settings.pooling!r}, expected {POOLING!r}"

@@ -26,7 +26,7 @@ from ml.errors import InputError
 from ml.learning.calibration import fit_temperature, softmax, targets_of, validation_figures
 from ml.learning.labelling import check_same_offers, read_teacher_labels
 from ml.learning.training_data import read_labelled, read_unlabelled
-from ml.offers import TEXT_VERSION
+from ml.offers import TEXT_VERSION, check_text_version
 from ml.progress import Progress
 from ml.runner import StageContext
 from ml.stages import FastModelParameters
@@ -99,11 +99,7 @@ class FastModel:
             ) from None
         except (msgspec.DecodeError, SafetensorError) as error:
             raise InputError(f"{folder} is damaged: {error}; delete the folder and make it again") from None
-        if settings.text_version != TEXT_VERSION:
-            raise InputError(
-                f"{folder} was trained on offer text version {settings.text_version}, this version makes "
-                f"{TEXT_VERSION}; train it again"
-            )
+        check_text_version(folder, settings.text_version)
         vectorisers = _vectorisers(words=vocabulary.words, characters=vocabulary.characters)
         vectorisers[0].idf_ = tensors["idf_words"].astype(np.float64)
         vectorisers[1].idf_ = tensors["idf_characters"].astype(np.float64)

@@ -23,7 +23,7 @@ from ml.learning.calibration import fit_temperature, targets_of, validation_figu
 from ml.learning.encoder import Classifier, best_device, use_available_cores
 from ml.learning.encoder_files import TEACHER
 from ml.learning.labelling import TeacherLabels, check_same_offers, read_teacher_labels
-from ml.learning.training import TrainingPlan, learning_curve_json, train, training_metrics
+from ml.learning.training import TrainingArguments, learning_curve_json, train, training_metrics
 from ml.learning.training_data import LabelledTexts, read_labelled, read_unlabelled, strings
 from ml.runner import StageContext
 from ml.stages import StudentParameters
@@ -89,14 +89,7 @@ def train_student(context: StageContext, parameters: StudentParameters) -> dict[
         batch_loss=loss,
         validate=validate,
         initialise=initialise,
-        plan=TrainingPlan(
-            epochs=parameters.epochs,
-            batch_size=parameters.batch_size,
-            learning_rate=parameters.learning_rate,
-            head_learning_rate=parameters.head_learning_rate,
-            checkpoint_seconds=parameters.checkpoint_seconds,
-            seed=parameters.seed,
-        ),
+        plan=TrainingArguments.of(parameters),
         checkpoints=context.checkpoints,
         progress=context.progress,
     )

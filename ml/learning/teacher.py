@@ -19,7 +19,7 @@ from torch.nn import functional
 from ml.artifacts import read_manifest, short_version
 from ml.learning.calibration import fit_temperature, targets_of, validation_figures
 from ml.learning.encoder import Classifier, ClassifierSettings, best_device, use_available_cores
-from ml.learning.training import TrainingPlan, learning_curve_json, train, training_metrics
+from ml.learning.training import TrainingArguments, learning_curve_json, train, training_metrics
 from ml.learning.training_data import read_labelled
 from ml.offers import TEXT_VERSION
 from ml.runner import StageContext
@@ -69,14 +69,7 @@ def train_teacher(context: StageContext, parameters: TeacherParameters) -> dict[
             model.predict_logits(validation.texts), labels, validation.categories
         ),
         initialise=initialise,
-        plan=TrainingPlan(
-            epochs=parameters.epochs,
-            batch_size=parameters.batch_size,
-            learning_rate=parameters.learning_rate,
-            head_learning_rate=parameters.head_learning_rate,
-            checkpoint_seconds=parameters.checkpoint_seconds,
-            seed=parameters.seed,
-        ),
+        plan=TrainingArguments.of(parameters),
         checkpoints=context.checkpoints,
         progress=context.progress,
     )

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ml.artifacts import sha256_of
 from ml.learning.encoder import Classifier, TokenizedTexts, autocast
 from ml.progress import Progress
+from ml.stages import StudentParameters, TeacherParameters
 
 _WARMUP_SHARE = 0.1
 _WEIGHT_DECAY = 0.01
@@ -41,7 +42,7 @@ CurvePoint = dict[str, int | float]
 """``step``, ``epoch``, ``loss`` since the point before; at epoch ends also ``validation_…``."""
 
 
-class TrainingPlan(msgspec.Struct, frozen=True, kw_only=True):
+class TrainingArguments(msgspec.Struct, frozen=True, kw_only=True):
     """What the loop needs to know beside model, texts and loss."""
 
     epochs: int
@@ -50,6 +51,11 @@ class TrainingPlan(msgspec.Struct, frozen=True, kw_only=True):
     head_learning_rate: float
     checkpoint_seconds: float
     seed: int
+
+    @classmethod
+    def of(cls, parameters: TeacherParameters | StudentParameters) -> TrainingArguments:
+        """What a stage's parameters say about the loop."""
+        return cls(**{name: getattr(parameters, name) for name in cls.__struct_fields__})
 
 
 class TrainingState(msgspec.Struct, kw_only=True):
@@ -70,7 +76,7 @@ def train(
     batch_loss: LossFunction,
     validate: Callable[[], dict[str, float]],
     initialise: Callable[[], None],
-    plan: TrainingPlan,
+    plan: TrainingArguments,
     checkpoints: Path,
     progress: Progress,
 ) -> TrainingState:
@@ -199,7 +205,7 @@ def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _optimiser(model: Classifier, plan: TrainingPlan) -> torch.optim.Optimizer:
+def _optimiser(model: Classifier, plan: TrainingArguments) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
         [
             {"params": list(model.encoder.parameters()), "peak": plan.learning_rate},
@@ -211,7 +217,7 @@ def _optimiser(model: Classifier, plan: TrainingPlan) -> torch.optim.Optimizer:
     )
 
 
-def _set_rates(optimiser: torch.optim.Optimizer, plan: TrainingPlan, step: int, total: int) -> None:
+def _set_rates(optimiser: torch.optim.Optimizer, plan: TrainingArguments, step: int, total: int) -> None:
     """Rise linearly to the peak over the first tenth of the steps, then fall linearly to zero."""
     warmup = max(1, round(total * _WARMUP_SHARE))
     share = min((step + 1) / warmup, (total - step) / max(1, total - warmup))

@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 
 from ml.artifacts import short_version, verify
 from ml.errors import InputError
-from ml.offers import TEXT_VERSION, offer_text
+from ml.offers import check_text_version, offer_text
 from ml.taxonomy import Taxonomy
 
 MODEL_FILE = "model.onnx"
@@ -299,11 +299,7 @@ def _read_settings(folder: Path) -> tuple[ModelSettings, list[str]]:
         raise InputError(f"{folder} is damaged: {error}; delete the folder and compile again") from None
     if settings.target != "cpu":
         raise InputError(f"{folder} was compiled for {settings.target}, this predictor runs models for cpu")
-    if settings.text_version != TEXT_VERSION:
-        raise InputError(
-            f"{folder} was trained on offer text version {settings.text_version}, this version makes "
-            f"{TEXT_VERSION}; train and compile again"
-        )
+    check_text_version(folder, settings.text_version)
     return settings, labels
 
 

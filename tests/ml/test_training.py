@@ -13,7 +13,7 @@ from torch.nn import functional
 from ml.errors import InputError
 from ml.learning.calibration import fit_temperature, targets_of, validation_figures
 from ml.learning.encoder import Classifier, ClassifierSettings
-from ml.learning.training import TrainingPlan, TrainingState, epoch_batches, train
+from ml.learning.training import TrainingArguments, TrainingState, epoch_batches, train
 from ml.learning.training_data import read_labelled
 from ml.offers import TEXT_VERSION
 from ml.progress import Progress
@@ -21,7 +21,7 @@ from tests.ml.tiny_models import WORDS_OF, offer_rows, tiny_encoder, tiny_inputs
 
 LABELS = sorted(WORDS_OF)
 ROWS = offer_rows(40, 1, "t")
-PLAN = TrainingPlan(
+PLAN = TrainingArguments(
     epochs=2, batch_size=8, learning_rate=1e-3, head_learning_rate=1e-2, checkpoint_seconds=1e-9, seed=3
 )
 
