@@ -7,23 +7,16 @@ not by the interpreter.
 from __future__ import annotations
 
 import csv
-import gzip
-import hashlib
 import io
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ml.errors import InputError
-from ml.stages import TaxonomyParameters
-
-if TYPE_CHECKING:
-    from ml.runner import StageContext
 
 TAXONOMY_FILE = "taxonomy.parquet"
 PATH_SEPARATOR = " > "
@@ -32,7 +25,6 @@ MAX_LEVELS = 100
 
 _NEEDED_COLUMNS = ("category_id", "parent_id", "name")
 _LOCALE_PREFIX = "name_"
-_GZIP_MAGIC = b"\x1f\x8b"
 _UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _MAX_FIELD_CHARACTERS = 1 << 20
 _MAX_CYCLE_SHOWN = 8
@@ -95,23 +87,28 @@ class Taxonomy:
             )
 
     @classmethod
-    def read_csv(cls, uri: str) -> Taxonomy:
-        """Read ``category_id,parent_id,name[,name_<locale>…]`` (UTF-8, gzipped or not).
+    def read_csv(cls, path: Path | str) -> Taxonomy:
+        """Read ``category_id,parent_id,name[,name_<locale>…]`` from a local file (UTF-8).
 
         Args:
-            uri: Path, or any URI that fsspec opens. Header names are matched regardless of case;
-                the delimiter is a comma, semicolon, tab or bar; other columns are ignored.
+            path: The file. Header names are matched regardless of case; the delimiter is a comma,
+                semicolon, tab or bar; other columns are ignored. Other places and formats are for
+                :mod:`ml.taxonomy_change.releases`.
 
         Raises:
             InputError: the file is missing or unreadable, lacks a column, or is not a tree. The
                 message names the file and the row (data rows, counted from 1).
         """
-        return cls.parse_csv(_read_bytes(uri), uri)
+        try:
+            content = Path(path).read_bytes()
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}") from None
+        return cls.parse_csv(content, str(path))
 
     @classmethod
     def parse_csv(cls, content: bytes, source: str) -> Taxonomy:
         """As :meth:`read_csv`, from the bytes of a CSV that messages call ``source``."""
-        header, rows = _parse_table(content, source)
+        header, rows = parse_table(content, source, _NEEDED_COLUMNS)
         locale_columns = {
             name.removeprefix(_LOCALE_PREFIX): name
             for name in header
@@ -199,6 +196,10 @@ class Taxonomy:
     def __iter__(self) -> Iterator[str]:
         return iter(self._categories)
 
+    def category(self, category_id: str) -> Category:
+        """A category as its source gives it."""
+        return self._categories[category_id]
+
     def name(self, category_id: str, locale: str | None = None) -> str:
         """Name of a category, in ``locale`` where the source has it."""
         category = self._categories[category_id]
@@ -247,52 +248,38 @@ class Taxonomy:
         return levels
 
 
-def write_taxonomy(context: StageContext, parameters: TaxonomyParameters) -> dict[str, Any]:
-    """Stage ``catalog_taxonomy``: read and validate the source, write ``taxonomy.parquet``."""
-    content = _read_bytes(parameters.source)
-    if parameters.fingerprint and hashlib.sha256(content).hexdigest() != parameters.fingerprint:
-        raise InputError(
-            f"{parameters.source} changed since it was looked at (its SHA-256 is no longer "
-            f"{parameters.fingerprint[:12]}…); run again"
-        )
-    taxonomy = Taxonomy.parse_csv(content, parameters.source)
-    taxonomy.write(context.output / TAXONOMY_FILE)
-    context.progress.say(f"{len(taxonomy):,} categories on {taxonomy.levels} levels")
-    return {
-        "categories": len(taxonomy),
-        "leaves": len(taxonomy.leaves),
-        "levels": taxonomy.levels,
-        "locales": list(taxonomy.locales),
-    }
+def parse_text(content: bytes, source: str) -> str:
+    """``content`` as text.
 
-
-def _read_bytes(uri: str) -> bytes:
-    import fsspec
-
-    try:
-        with fsspec.open(uri, "rb") as file:
-            content: bytes = file.read()
-        return gzip.decompress(content) if content.startswith(_GZIP_MAGIC) else content
-    except FileNotFoundError:
-        raise InputError(
-            f"CATALOG_TAXONOMY={uri}: no such file; give a CSV with the columns {', '.join(_NEEDED_COLUMNS)}"
-        ) from None
-    except (OSError, EOFError, zlib.error, ValueError, ImportError) as error:
-        raise InputError(f"CATALOG_TAXONOMY={uri} cannot be read: {_first_line(error)}") from None
-
-
-def _parse_table(content: bytes, source: str) -> tuple[list[str], list[dict[str, str]]]:
-    """Header (lower case, trimmed) and rows by column name (values trimmed)."""
+    Raises:
+        InputError: it is not UTF-8 (with or without a byte order mark); the message names ``source``.
+    """
     if content.startswith(_UTF_16_MARKS):
         raise InputError(f"{source} is UTF-16, expected UTF-8; save it as UTF-8")
+    # UTF-16 without its mark passes for UTF-8 full of NULs.
+    if (nul := content.find(b"\0")) >= 0:
+        line = content.count(b"\n", 0, nul) + 1
+        raise InputError(f"{source} holds a NUL character (line {line}), expected UTF-8; save it as UTF-8")
     try:
-        text = content.decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise InputError(f"{source} is not UTF-8 (line {line}); save it as UTF-8") from None
+
+
+def parse_table(
+    content: bytes, source: str, columns: Sequence[str]
+) -> tuple[list[str], list[dict[str, str]]]:
+    """Header (lower case, trimmed) and rows by column name (values trimmed) of a CSV with a header.
+
+    Raises:
+        InputError: it is not CSV, lacks one of ``columns``, or a row has too many or few fields; the
+            message names ``source`` and the row (data rows, counted from 1).
+    """
+    text = parse_text(content, source)
     lines = text.splitlines(keepends=True)
     if not lines:
-        raise InputError(f"{source} is empty, expected a CSV with the columns {', '.join(_NEEDED_COLUMNS)}")
+        raise InputError(f"{source} is empty, expected a CSV with the columns {', '.join(columns)}")
     csv.field_size_limit(_MAX_FIELD_CHARACTERS)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(lines[0]), strict=True)
     table: list[list[str]] = []
@@ -301,9 +288,9 @@ def _parse_table(content: bytes, source: str) -> tuple[list[str], list[dict[str,
     except csv.Error as error:
         raise InputError(f"{source} line {reader.line_num} is not CSV: {error}") from None
     if not table:
-        raise InputError(f"{source} is empty, expected a CSV with the columns {', '.join(_NEEDED_COLUMNS)}")
+        raise InputError(f"{source} is empty, expected a CSV with the columns {', '.join(columns)}")
     header = [name.strip().lower() for name in table[0]]
-    if missing := [name for name in _NEEDED_COLUMNS if name not in header]:
+    if missing := [name for name in columns if name not in header]:
         raise InputError(f"{source} has no column {', '.join(missing)}; it has {', '.join(header)}")
     if doubled := sorted({name for name in header if name and header.count(name) > 1}):
         raise InputError(f"{source} has more than one column {', '.join(doubled)}; name each once")

@@ -1,0 +1,1 @@
+"""What happens when the catalog taxonomy changes: sources, the diff, where labels go, new categories."""
