@@ -6,17 +6,20 @@ BIN := $(VENV)/bin
 RUN_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 WORKERS ?= 2
 
-.PHONY: help demo dev test lint format stop benchmarks demo-drift clean
+.PHONY: help demo dev test lint format stop benchmarks demo-drift demo-taxonomy clean
 .DEFAULT_GOAL := help
 
 help: ## Say what each command does
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 demo: $(VENV)/.installed ## The whole graph on the demo feed (or OFFER_FEED), headless, to a live endpoint
 	@$(BIN)/python -m offer_assets demo
 
 demo-drift: $(VENV)/.installed ## Add a drifted day to the demo feed, catalogue it, and see the check fail
 	@$(BIN)/python -m offer_assets demo-drift
+
+demo-taxonomy: $(VENV)/.installed ## Put the next version of the demo feed's taxonomy into the watched folder; `make dev` follows it
+	@$(BIN)/python -m offer_assets demo-taxonomy
 
 dev: $(VENV)/.installed ## The Dagster UI with daemon, sensors and schedules, on the same data
 	@$(BIN)/python -m offer_assets dev

@@ -81,7 +81,7 @@ def _add_stage(commands: Any, stage: Stage) -> None:
     command.add_argument("--workspace", type=Path, help="folder for checkpoints (default: OUTPUT.work)")
     for name in (*stage.inputs, *stage.optional_inputs):
         command.add_argument(_flag(name), metavar="DIR", help=f"artifact: {name}", dest=f"input:{name}")
-    for name in stage.partitioned_inputs:
+    for name in (*stage.partitioned_inputs, *stage.optional_partitioned_inputs):
         command.add_argument(
             _flag(name),
             metavar="DIR",
@@ -90,13 +90,13 @@ def _add_stage(commands: Any, stage: Stage) -> None:
             dest=f"inputs:{name}",
         )
     for field in msgspec.structs.fields(stage.parameters):
-        required = field.required
+        has_default = field.default is not msgspec.NODEFAULT  # a list has a factory instead
         command.add_argument(
             _flag(field.name),
             dest=f"parameter:{field.name}",
             metavar=field.name.upper(),
             help=_description(field.type) or field.name.replace("_", " "),
-            default=None if required else field.default,
+            default=field.default if has_default else None,
         )
     command.set_defaults(command=lambda options: _run_stage(stage, options))
 
@@ -135,7 +135,7 @@ def _spec_from_flags(stage: Stage, options: argparse.Namespace) -> StageSpec:
         raise InputError(f"{stage.name} needs --output DIR (or --spec FILE)")
     given = vars(options)
     inputs = {name: given[f"input:{name}"] for name in (*stage.inputs, *stage.optional_inputs)}
-    for name in stage.partitioned_inputs:
+    for name in (*stage.partitioned_inputs, *stage.optional_partitioned_inputs):
         inputs |= {f"{name}/{Path(folder).name}": folder for folder in given[f"inputs:{name}"] or ()}
     parameters: dict[str, Any] = {}
     for field in msgspec.structs.fields(stage.parameters):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -158,20 +158,20 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def verify(folder: Path, *, kind: str | None = None, digest: str | None = None) -> Manifest:
+def verify(folder: Path, *, kinds: Collection[str] = (), digest: str | None = None) -> Manifest:
     """Read the manifest and hold every file against it.
 
     Args:
         folder: The artifact.
-        kind: The kind it has to be, if that matters to the caller.
+        kinds: The kinds it may be, if that matters to the caller.
         digest: The content digest it has to have, if known.
 
     Raises:
         InputError: a file is missing, changed or unknown, or kind or digest differ.
     """
     manifest = read_manifest(folder)
-    if kind is not None and manifest.kind != kind:
-        raise InputError(f"{folder} is a {manifest.kind}, expected a {kind}")
+    if kinds and manifest.kind not in kinds:
+        raise InputError(f"{folder} is a {manifest.kind}, expected a {' or a '.join(kinds)}")
     if digest is not None and manifest.digest != digest:
         raise InputError(f"{folder} has digest {manifest.digest}, expected {digest}; it was replaced")
     for name, entry in manifest.files.items():

@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from ml.errors import InputError
 from ml.stages import OffersParameters
+from ml.taxonomy_change.transitions import Transitions
 
 if TYPE_CHECKING:
     import duckdb
@@ -75,7 +76,7 @@ REASONS = {
     "invalid_country": "not two letters",
     "invalid_language": "not a language tag (de, de-AT)",
     "invalid_offered_at": "no ISO 8601 date or time from 1990 to 2100",
-    "unknown_category": "a label that the taxonomy does not have",
+    "unknown_category": "a label that the taxonomy does not have, nor had in an earlier version",
     "duplicate_offer_id": "an acceptable offer of the same id comes before it",
 }
 """Why an offer is quarantined; a row gets all that apply, in this order, joined by commas."""
@@ -246,20 +247,29 @@ def write_offers(context: StageContext, parameters: OffersParameters) -> dict[st
 
     Clean values are trimmed (empty is null) and typed, codes have one case. HTML and Unicode forms
     stay in the table as delivered: :func:`offer_text` resolves them, for the endpoint too. Both tables
-    keep the feed's order.
+    keep the feed's order. A label of an earlier version of the taxonomy is no mistake of the feed: it
+    stays as delivered, and ``migrated_labels`` says where it belongs today.
     """
     import duckdb
 
     raw = context.input("raw_offers") / "offers.parquet"
     taxonomy = context.input("catalog_taxonomy") / "taxonomy.parquet"
+    change = context.optional_input("taxonomy_change")
+    retired = [t.from_id for t in Transitions.read(change).transitions] if change else []
     clean, quarantine = context.output / CLEAN_FILE, context.output / QUARANTINE_FILE
     settings = {"memory_limit": _MEMORY_LIMIT, "temp_directory": str(context.checkpoints / "duckdb")}
     with duckdb.connect(config=settings) as connection:
         connection.execute("SET TimeZone = 'UTC'")
         # A join keeps the order of its left side as long as the planner does not swap the two.
         connection.execute("SET disabled_optimizers = 'join_order,build_side_probe_side'")
+        connection.execute(
+            "CREATE TEMP TABLE category AS "
+            f"SELECT category_id, false AS is_retired FROM {_parquet(taxonomy)} UNION ALL "
+            f"SELECT unnest(?::VARCHAR[]), true EXCEPT SELECT category_id, true FROM {_parquet(taxonomy)}",
+            [retired],
+        )
         context.progress.say("validating")
-        _validate(connection, raw, taxonomy, parameters.max_title_characters)
+        _validate(connection, raw, parameters.max_title_characters)
         context.progress.say("writing clean and quarantined offers")
         connection.execute(_write_clean_sql(raw, clean))
         connection.execute(_write_quarantine_sql(raw, quarantine))
@@ -270,7 +280,7 @@ def write_offers(context: StageContext, parameters: OffersParameters) -> dict[st
     return metrics
 
 
-def _validate(connection: duckdb.DuckDBPyConnection, raw: Path, taxonomy: Path, max_title: int) -> None:
+def _validate(connection: duckdb.DuckDBPyConnection, raw: Path, max_title: int) -> None:
     """Make the tables ``checked`` (a line per raw row) and ``rejected`` (row, reasons)."""
     texts = [column.name for column in FEED_COLUMNS]
     trimmed = ", ".join(f"{trimmed_sql(name)} AS {name}" for name in texts)
@@ -291,7 +301,7 @@ def _validate(connection: duckdb.DuckDBPyConnection, raw: Path, taxonomy: Path, 
         "invalid_language": "NOT regexp_full_match(language, '[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*')",
         "invalid_offered_at": f"offered_at IS NOT NULL AND {timestamp_sql('offered_at')} IS NULL",
         "unknown_category": (
-            f"category_id IS NOT NULL AND category_id NOT IN (SELECT category_id FROM {_parquet(taxonomy)})"
+            "category_id IS NOT NULL AND category_id NOT IN (SELECT category_id FROM category)"
         ),
     }
     cases = ", ".join(
@@ -356,15 +366,17 @@ def _metrics(connection: duckdb.DuckDBPyConnection, clean: Path) -> dict[str, An
     (raw,) = one_row("SELECT count(*) FROM checked")
     quarantined, *by_reason = one_row(f"SELECT count(*), {counts} FROM rejected")
     damaged = " OR ".join(f"contains({name}, chr(65533))" for name in _PROSE)
-    written, labelled, undated, replacement_characters = one_row(
-        f"SELECT count(*), count(category_id), count(*) - count(offered_at), count(*) FILTER ({damaged}) "
-        f"FROM {_parquet(clean)}"
+    is_retired = "category_id IN (SELECT category_id FROM category WHERE is_retired)"
+    written, labelled, retired, undated, replacement_characters = one_row(
+        f"SELECT count(*), count(category_id), count(*) FILTER ({is_retired}), "
+        f"count(*) - count(offered_at), count(*) FILTER ({damaged}) FROM {_parquet(clean)}"
     )
     return {
         "raw": raw,
         "clean": written,
         "quarantined": quarantined,
         "labelled": labelled,
+        "retired_labels": retired,
         "undated": undated,
         "replacement_characters": replacement_characters,
         **dict(zip(REASONS, by_reason, strict=True)),

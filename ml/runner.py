@@ -185,7 +185,8 @@ def _is_operational(annotation: Any) -> bool:
 
 def _check_input_names(stage: Stage, inputs: Mapping[str, Path]) -> None:
     known = {*stage.inputs, *stage.optional_inputs}
-    given = {name for name in inputs if name.split("/")[0] not in stage.partitioned_inputs}
+    may_be_partitioned = {*stage.partitioned_inputs, *stage.optional_partitioned_inputs}
+    given = {name for name in inputs if name.split("/")[0] not in may_be_partitioned}
     partitioned = {name.split("/")[0] for name in inputs} & set(stage.partitioned_inputs)
     missing = [name for name in stage.inputs if name not in given]
     missing += [name for name in stage.partitioned_inputs if name not in partitioned]

@@ -39,11 +39,72 @@ class FeedFile(msgspec.Struct, frozen=True, kw_only=True):
     """ISO date on which the file was first seen: the day of its offers without ``offered_at``."""
 
 
+class TaxonomyFile(msgspec.Struct, frozen=True, kw_only=True):
+    """One file of a release of the taxonomy."""
+
+    uri: str
+    role: Literal["tree", "names", "mapping"]
+    """The tree itself, its names in one more locale, or where the ids of the release before went."""
+    locale: str = ""
+    """Of a file of names."""
+
+
 class TaxonomyParameters(Parameters, frozen=True, kw_only=True):
     """Parameters of ``catalog_taxonomy``."""
 
-    source: Annotated[str, Meta(description="Taxonomy CSV: category_id,parent_id,name[,name_<locale>…].")]
-    fingerprint: Annotated[str, Meta(description="SHA-256 of the source; empty: not checked.")] = ""
+    source: Annotated[str, Meta(description="Where the release is from, as messages call it.")]
+    files: Annotated[
+        list[TaxonomyFile],
+        Meta(
+            description="Files of the release (uri, role, locale); none: the newest at the source.",
+            extra=OPERATIONAL,
+        ),
+    ] = []
+    fingerprint: Annotated[
+        str, Meta(description="Digest of all the files' contents; empty: not checked.")
+    ] = ""
+
+
+class TaxonomyChangeParameters(Parameters, frozen=True, kw_only=True):
+    """Parameters of ``taxonomy_change``."""
+
+    certain_from: Annotated[
+        Share, Meta(description="An inferred successor of this confidence takes labels without a look.")
+    ] = 0.8
+    few_labelled: Annotated[
+        Count, Meta(description="A new category with fewer labelled offers is pointed out.")
+    ] = 10
+    offers_judged: Annotated[
+        Count, Meta(description="Labelled offers of a removed category that the teacher looks at, at most.")
+    ] = 200
+    seed: Seed = 17
+
+
+class MigratedLabelsParameters(Parameters, frozen=True, kw_only=True):
+    """Parameters of ``migrated_labels``."""
+
+    min_confidence: Annotated[
+        Share, Meta(description="A label of a split category moves if the teacher is this sure; else aside.")
+    ] = 0.8
+    few_labelled: Annotated[
+        Count, Meta(description="New categories with fewer labelled offers get weak labels.")
+    ] = 10
+    weak_per_category: Annotated[
+        int, Meta(ge=0, description="At most this many weak labels of a category; 0: none.")
+    ] = 30
+    candidates_per_category: Annotated[
+        Count, Meta(description="Offers that the teacher looks at for a category, at most.")
+    ] = 300
+    min_weak_confidence: Annotated[
+        Share, Meta(description="A weak label is proposed if the teacher is this sure.")
+    ] = 0.6
+    encoder: Annotated[str, Meta(description="Judges where there is no teacher yet; as for the teacher.")] = (
+        "packaged-minilm"
+    )
+    encoder_digest: Annotated[
+        str, Meta(description="SHA-256 of the encoder's weights; empty: not checked.")
+    ] = ""
+    seed: Seed = 17
 
 
 class RawOffersParameters(Parameters, frozen=True, kw_only=True):
@@ -186,6 +247,9 @@ class EvaluationParameters(Parameters, frozen=True, kw_only=True):
 
     batch_size: Count = 64
     bootstrap: Annotated[Count, Meta(description="Resamples behind each confidence interval.")] = 500
+    min_segment_offers: Annotated[
+        Count, Meta(description="Segments with fewer offers are not compared with production.")
+    ] = 30
     seed: Seed = 17
 
 
@@ -194,6 +258,10 @@ class CompileParameters(Parameters, frozen=True, kw_only=True):
 
     target: Literal["cpu", "neuron"] = "cpu"
     parity_offers: Annotated[Count, Meta(description="Offers that both models are compared on.")] = 2_000
+
+
+class RenamedStudentParameters(Parameters, frozen=True, kw_only=True):
+    """Parameters of ``renamed_student``; it has none."""
 
 
 class CataloguedOffersParameters(Parameters, frozen=True, kw_only=True):
@@ -235,6 +303,8 @@ class Stage:
     optional_inputs: tuple[str, ...] = ()
     partitioned_inputs: tuple[str, ...] = ()
     """Inputs given once per partition, named ``<input>/<partition>``."""
+    optional_partitioned_inputs: tuple[str, ...] = ()
+    """The same, where there may be no partition at all."""
     heavy: bool = False
     """Runs as a program of its own behind the compute door."""
 
@@ -249,9 +319,20 @@ _CATALOGUE = (
     Stage(
         name="catalog_taxonomy",
         version="1",
-        summary="Read and validate the category tree.",
-        entry_point="ml.taxonomy:write_taxonomy",
+        summary="Read and validate a release of the category tree.",
+        entry_point="ml.taxonomy_change.releases:write_taxonomy",
         parameters=TaxonomyParameters,
+    ),
+    Stage(
+        name="taxonomy_change",
+        version="1",
+        summary="Say what changed since the taxonomy before, where labels go, and which offers it touches.",
+        entry_point="ml.taxonomy_change.change:write_taxonomy_change",
+        parameters=TaxonomyChangeParameters,
+        inputs=("catalog_taxonomy",),
+        optional_inputs=("previous_taxonomy", "previous_change", "teacher_checkpoint", "student_checkpoint"),
+        optional_partitioned_inputs=("offers", "catalogued_offers"),
+        heavy=True,
     ),
     Stage(
         name="raw_offers",
@@ -262,29 +343,41 @@ _CATALOGUE = (
     ),
     Stage(
         name="offers",
-        version="1",
+        version="2",
         summary="Type and validate the offers of a day; what is wrong goes to quarantine with its reason.",
         entry_point="ml.offers:write_offers",
         parameters=OffersParameters,
         inputs=("raw_offers", "catalog_taxonomy"),
+        optional_inputs=("taxonomy_change",),
+    ),
+    Stage(
+        name="migrated_labels",
+        version="1",
+        summary="Carry the labels of earlier taxonomies over, and propose labels for new categories.",
+        entry_point="ml.taxonomy_change.labels:write_migrated_labels",
+        parameters=MigratedLabelsParameters,
+        inputs=("catalog_taxonomy", "taxonomy_change"),
+        optional_inputs=("teacher_checkpoint",),
+        partitioned_inputs=("offers",),
+        heavy=True,
     ),
     Stage(
         name="evaluation_set",
-        version="1",
+        version="2",
         summary="Extend the fixed evaluation set by what it does not cover yet.",
         entry_point="ml.sampling.stages:write_evaluation_set",
         parameters=EvaluationSetParameters,
-        inputs=("catalog_taxonomy",),
+        inputs=("catalog_taxonomy", "taxonomy_change", "migrated_labels"),
         optional_inputs=("previous",),
         partitioned_inputs=("offers",),
     ),
     Stage(
         name="training_sample",
-        version="1",
+        version="2",
         summary="Draw the capped training sample, apart from everything in the evaluation set.",
         entry_point="ml.sampling.stages:write_training_sample",
         parameters=TrainingSampleParameters,
-        inputs=("catalog_taxonomy", "evaluation_set"),
+        inputs=("catalog_taxonomy", "migrated_labels", "evaluation_set"),
         partitioned_inputs=("offers",),
     ),
     Stage(
@@ -294,6 +387,7 @@ _CATALOGUE = (
         entry_point="ml.learning.teacher:train_teacher",
         parameters=TeacherParameters,
         inputs=("training_sample", "catalog_taxonomy"),
+        optional_inputs=("warm_start", "taxonomy_change"),
         heavy=True,
     ),
     Stage(
@@ -321,11 +415,12 @@ _CATALOGUE = (
         entry_point="ml.learning.student:train_student",
         parameters=StudentParameters,
         inputs=("training_sample", "teacher_labels", "teacher_checkpoint", "catalog_taxonomy"),
+        optional_inputs=("warm_start", "taxonomy_change"),
         heavy=True,
     ),
     Stage(
         name="student_evaluation",
-        version="1",
+        version="2",
         summary="Measure teacher, student, fast model and the version in production on the evaluation set.",
         entry_point="ml.evaluation.stage:evaluate_student",
         parameters=EvaluationParameters,
@@ -336,7 +431,7 @@ _CATALOGUE = (
             "teacher_checkpoint",
             "fast_checkpoint",
         ),
-        optional_inputs=("training_sample", "production_model"),
+        optional_inputs=("training_sample", "production_model", "taxonomy_change"),
         heavy=True,
     ),
     Stage(
@@ -347,6 +442,14 @@ _CATALOGUE = (
         parameters=CompileParameters,
         inputs=("student_checkpoint", "evaluation_set", "catalog_taxonomy"),
         heavy=True,
+    ),
+    Stage(
+        name="renamed_student",
+        version="1",
+        summary="Give a compiled student the names of a newer taxonomy that differs in nothing else.",
+        entry_point="ml.serving.renaming:rename_student",
+        parameters=RenamedStudentParameters,
+        inputs=("compiled_student", "student_checkpoint", "catalog_taxonomy"),
     ),
     Stage(
         name="catalogued_offers",
@@ -367,6 +470,9 @@ _CATALOGUE = (
         heavy=True,
     ),
 )
+
+SERVABLE = ("compiled_student", "renamed_student")
+"""Kinds of artifact that catalogue offers; both are read alike."""
 
 STAGES: dict[str, Stage] = {stage.name: stage for stage in _CATALOGUE}
 

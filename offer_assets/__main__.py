@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import getpass
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ml.errors import InputError
 from resources.settings import Settings
@@ -21,8 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, command in _COMMANDS.items():
         subparser = commands.add_parser(name, help=command.__doc__)
         subparser.set_defaults(command=command)
-        if name == "dev":
-            subparser.add_argument("--port", type=int, default=3000, help="port of the UI (default: 3000)")
+        for add_options in _OPTIONS.get(name, ()):
+            add_options(subparser)
     options = parser.parse_args(arguments)
     try:
         return int(options.command(Settings.from_environment(), options))
@@ -43,6 +45,21 @@ def _demo_drift(settings: Settings, _options: argparse.Namespace) -> int:
     from offer_assets.demo import run_drifted_day
 
     return 0 if run_drifted_day(settings) else 1
+
+
+def _demo_taxonomy(settings: Settings, _options: argparse.Namespace) -> int:
+    """Put the next version of the demo feed's taxonomy into the watched folder."""
+    from resources.environment import resources_for
+
+    if not settings.is_demo:
+        raise InputError("demo-taxonomy is for the demo feed; put releases of yours into CATALOG_TAXONOMY")
+    written = resources_for(settings)["taxonomy_source"].add_next_version()
+    print(f"written: {written}")
+    print(
+        f"Under `make dev`, taxonomy_changed follows it {settings.taxonomy_settle_seconds:.0f} s later; "
+        "the job preview_taxonomy shows first what it changes."
+    )
+    return 0
 
 
 def _dev(settings: Settings, options: argparse.Namespace) -> int:
@@ -73,7 +90,108 @@ def _stop(settings: Settings, _options: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = {"demo": _demo, "demo-drift": _demo_drift, "dev": _dev, "stop": _stop}
+def _versions(settings: Settings, _options: argparse.Namespace) -> int:
+    """List the registered versions of the model, newest first."""
+    from offer_assets.versions import versions_table
+
+    print(versions_table(settings))
+    return 0
+
+
+def _history(settings: Settings, _options: argparse.Namespace) -> int:
+    """List what went into production when, why and by whom, newest first."""
+    from offer_assets.versions import history_table
+
+    print(history_table(settings))
+    return 0
+
+
+def _approve(settings: Settings, options: argparse.Namespace) -> int:
+    """Approve a version, so that it is served."""
+    from offer_assets.versions import approve
+
+    return 0 if approve(settings, **_given(options)) else 1
+
+
+def _reject(settings: Settings, options: argparse.Namespace) -> int:
+    """Reject a version, so that it is never served."""
+    from offer_assets.versions import reject
+
+    return 0 if reject(settings, **_given(options)) else 1
+
+
+def _rollback(settings: Settings, options: argparse.Namespace) -> int:
+    """Serve the version before the one in production again, and reject the latter."""
+    from offer_assets.versions import roll_back
+
+    return 0 if roll_back(settings, **_given(options)) else 1
+
+
+def _deploy(settings: Settings, _options: argparse.Namespace) -> int:
+    """Serve the version that is registered or was approved last, now."""
+    from offer_assets.versions import deploy
+
+    return 0 if deploy(settings) else 1
+
+
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name, value in vars(options).items() if name != "command"}
+
+
+def _port_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--port", type=int, default=3000, help="port of the UI (default: 3000)")
+
+
+def _version_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "version", help="number in the registry, or the beginning of the model version (see versions)"
+    )
+
+
+def _earlier_version_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "version", nargs="?", default="", help="as for approve (default: the one that served before)"
+    )
+
+
+def _user() -> str:
+    """Who is at the terminal; empty where the system does not tell."""
+    try:
+        return os.environ.get("USER") or getpass.getuser()
+    except (KeyError, OSError):  # a user id without a name, as in some containers
+        return ""
+
+
+def _reason_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--reason", required=True, help="why; kept in the registry")
+    parser.add_argument("--by", default=_user(), help="who decides (default: $USER); kept in the registry")
+
+
+def _approval_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--despite-gate", action="store_true", help="although it did not pass the gate")
+    parser.add_argument("--deploy", action="store_true", help="serve it now, without waiting for the daemon")
+
+
+_COMMANDS = {
+    "demo": _demo,
+    "demo-drift": _demo_drift,
+    "demo-taxonomy": _demo_taxonomy,
+    "dev": _dev,
+    "stop": _stop,
+    "versions": _versions,
+    "history": _history,
+    "approve": _approve,
+    "reject": _reject,
+    "rollback": _rollback,
+    "deploy": _deploy,
+}
+
+_OPTIONS = {
+    "dev": [_port_option],
+    "approve": [_version_argument, _reason_options, _approval_options],
+    "reject": [_version_argument, _reason_options],
+    "rollback": [_earlier_version_argument, _reason_options],
+}
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from offer_assets import policies
 from offer_assets.checks import check_result, partitioned_check
 from offer_assets.metadata import materialization
 from offer_assets.partitions import COMPILE_TARGETS
+from offer_assets.taxonomy import taxonomy_in_force
 from resources.compute import Compute
 from resources.tracking import Tracking
 
@@ -25,7 +26,7 @@ def compiled_student(
     context: dg.AssetExecutionContext,
     student_checkpoint: ArtifactRef,
     evaluation_set: ArtifactRef,
-    catalog_taxonomy: ArtifactRef,
+    taxonomy_change: ArtifactRef,
     compute: Compute,
     tracking: Tracking,
 ) -> dg.MaterializeResult:
@@ -36,7 +37,7 @@ def compiled_student(
         {
             "student_checkpoint": student_checkpoint,
             "evaluation_set": evaluation_set,
-            "catalog_taxonomy": catalog_taxonomy,
+            "catalog_taxonomy": taxonomy_in_force(taxonomy_change, compute),
         },
         CompileParameters(target=context.partition_key),
     )

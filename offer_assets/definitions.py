@@ -11,13 +11,17 @@ from offer_assets.headless import LOGGERS
 from offer_assets.jobs import JOBS, SCHEDULES
 from offer_assets.partitions import days_from
 from offer_assets.plan import TrainingPlan
+from offer_assets.preview import preview_taxonomy
+from offer_assets.promotion import PROMOTION_JOBS, ReleasePolicy
 from resources.environment import resources_for
 from resources.settings import Settings
 
 
 def build_defs(settings: Settings, **resource_overrides: Any) -> dg.Definitions:
     """The graph for these settings; tests pass their own resources by name."""
+    from sensors.decided_versions import decided_versions
     from sensors.new_offers import new_offers
+    from sensors.taxonomy_changed import taxonomy_changed
 
     days = days_from(settings.first_day)
     return dg.Definitions(
@@ -25,7 +29,9 @@ def build_defs(settings: Settings, **resource_overrides: Any) -> dg.Definitions:
             taxonomy.catalog_taxonomy_source,
             feed.offer_feed_source,
             taxonomy.catalog_taxonomy,
+            taxonomy.taxonomy_change,
             *feed.feed_assets(days),
+            sampling.migrated_labels,
             sampling.evaluation_set,
             sampling.training_sample,
             models.teacher_checkpoint,
@@ -39,23 +45,26 @@ def build_defs(settings: Settings, **resource_overrides: Any) -> dg.Definitions:
             *operation.operation_assets(days),
         ],
         asset_checks=[
+            taxonomy.new_categories_have_labelled_offers,
             *feed.feed_checks(days),
             sampling.no_product_is_on_both_sides,
             sampling.sampled_labels_exist_in_taxonomy,
             evaluation.student_is_close_to_teacher,
             evaluation.student_is_not_worse_than_production,
+            evaluation.no_segment_is_worse_than_production,
             compilation.compiled_matches_uncompiled,
             release.endpoint_answers,
             release.endpoint_answers_the_same,
             *operation.operation_checks(days),
         ],
-        jobs=JOBS,
+        jobs=[*JOBS, *PROMOTION_JOBS, preview_taxonomy],
         schedules=SCHEDULES,
-        sensors=[new_offers],
+        sensors=[new_offers, taxonomy_changed, decided_versions],
         loggers={"console": dg.colored_console_logger, **LOGGERS},
         resources={
             **resources_for(settings),
             "plan": TrainingPlan.from_settings(settings),
+            "release_policy": ReleasePolicy(approval=settings.approval),
             **resource_overrides,
         },
         # Heavy stages are programs of their own: a process per step would only import everything once more.

@@ -17,7 +17,7 @@ from ml.errors import InputError
 from offer_assets.definitions import build_defs
 from offer_assets.headless import FailedCheck, HeadlessRuns, MadeAsset
 from offer_assets.instance import instance_for
-from offer_assets.jobs import CATALOGUE_DAY, INGEST_DAY, START_ENDPOINT, TRAIN_AND_RELEASE
+from offer_assets.jobs import ADOPT_TAXONOMY, CATALOGUE_DAY, INGEST_DAY, START_ENDPOINT, TRAIN_AND_RELEASE
 from offer_assets.partitions import CPU
 from resources.artifact_store import ArtifactStore
 from resources.environment import resources_for
@@ -25,9 +25,11 @@ from resources.offer_feed import OfferFeed
 from resources.redaction import without_secrets
 from resources.settings import Settings
 
-_ASSETS_PER_DAY = 4
-"""catalog_taxonomy, raw_offers, offers, quarantined_offers"""
-_ASSETS_TRAINED = 10
+_ASSETS_ADOPTED = 2
+"""catalog_taxonomy, taxonomy_change"""
+_ASSETS_PER_DAY = 3
+"""raw_offers, offers, quarantined_offers"""
+_ASSETS_TRAINED = 11
 _ASSETS_CATALOGUED = 2
 _DRIFT_CHECK = "no_drift"
 
@@ -44,15 +46,24 @@ def run_demo(settings: Settings) -> bool:
     runs = HeadlessRuns(
         definitions=build_defs(settings),
         instance=instance_for(settings),
-        assets_in_all=_ASSETS_PER_DAY * len(days) + _ASSETS_TRAINED + _ASSETS_CATALOGUED,
+        assets_in_all=_ASSETS_ADOPTED + _ASSETS_PER_DAY * len(days) + _ASSETS_TRAINED + _ASSETS_CATALOGUED,
     )
     with runs.instance:
+        adopted = runs.run(ADOPT_TAXONOMY)
         # A day that cannot be taken does not stop the others, but it is not forgotten either.
-        taken = [day for day in days if runs.run(INGEST_DAY, day)]
-        finished = bool(taken) and runs.run(TRAIN_AND_RELEASE, CPU) and runs.run(CATALOGUE_DAY, taken[-1])
+        taken = [day for day in days if adopted and runs.run(INGEST_DAY, day)]
+        trained = bool(taken) and runs.run(TRAIN_AND_RELEASE, CPU)
+        waits = trained and not runs.of("offer_endpoint")
+        finished = trained and (waits or runs.run(CATALOGUE_DAY, taken[-1]))
     succeeded = finished and taken == days and not _broken(runs)
     _write_timings(settings.home / "demo_timings.json", runs, time.monotonic() - started_at)
-    if succeeded:
+    if succeeded and waits:
+        print(
+            "\nThe version passed the gate and waits for a decision (OFFER_ASSETS_APPROVAL=required):\n"
+            "  python -m offer_assets versions\n"
+            "  python -m offer_assets approve VERSION --reason '…' --deploy"
+        )
+    elif succeeded:
         print(summary(settings, runs, resources["artifact_store"], time.monotonic() - started_at))
     else:
         print(failure(settings, runs), file=sys.stderr)

@@ -12,6 +12,7 @@ from ml.stages import STAGES, EvaluationParameters
 from offer_assets import policies
 from offer_assets.checks import check_result
 from offer_assets.metadata import materialization, picture, row_count, table
+from offer_assets.taxonomy import taxonomy_in_force
 from resources.compute import Compute
 from resources.tracking import Tracking
 
@@ -26,7 +27,7 @@ from resources.tracking import Tracking
 def student_evaluation(
     context: dg.AssetExecutionContext,
     evaluation_set: ArtifactRef,
-    catalog_taxonomy: ArtifactRef,
+    taxonomy_change: ArtifactRef,
     student_checkpoint: ArtifactRef,
     teacher_checkpoint: ArtifactRef,
     fast_checkpoint: ArtifactRef,
@@ -37,7 +38,8 @@ def student_evaluation(
     """Teacher, student, fast model and the version in production, side by side on the evaluation set."""
     inputs: dict[str, ArtifactRef] = {
         "evaluation_set": evaluation_set,
-        "catalog_taxonomy": catalog_taxonomy,
+        "catalog_taxonomy": taxonomy_in_force(taxonomy_change, compute),
+        "taxonomy_change": taxonomy_change,
         "student_checkpoint": student_checkpoint,
         "teacher_checkpoint": teacher_checkpoint,
         "fast_checkpoint": fast_checkpoint,
@@ -55,6 +57,7 @@ def student_evaluation(
         metadata={
             **row_count(result.manifest.metrics["offers"]),
             "models": table(_side_by_side(result.ref.metrics)),
+            "student_minus_production": table(result.ref.metrics.get("comparisons", [])),
             "best_categories": table(evaluation["best_categories"]),
             "worst_categories": table(evaluation["worst_categories"]),
             **{path.stem: picture(path.read_bytes()) for path in sorted(folder.glob("*.png"))},
@@ -85,6 +88,15 @@ def student_is_not_worse_than_production(
     """The student is not significantly worse than the version in production, on the same offers."""
     metrics = metrics_for_the_gate(student_evaluation, compute, tracking)
     return check_result(gate.student_is_not_worse_than_production(metrics, policies.GATE))
+
+
+@dg.asset_check(asset="student_evaluation")
+def no_segment_is_worse_than_production(
+    student_evaluation: ArtifactRef, compute: Compute, tracking: Tracking
+) -> dg.AssetCheckResult:
+    """In no country, top-level category or group of changed categories is the student significantly worse."""
+    metrics = metrics_for_the_gate(student_evaluation, compute, tracking)
+    return check_result(gate.no_segment_is_worse_than_production(metrics, policies.GATE))
 
 
 def metrics_for_the_gate(evaluation: ArtifactRef, compute: Compute, tracking: Tracking) -> dict[str, Any]:

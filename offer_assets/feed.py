@@ -8,6 +8,7 @@ from ml.artifacts import ArtifactRef
 from ml.evaluation.verification import conservation, unknown_labels
 from ml.offers import FEED_COLUMNS, REASONS
 from ml.stages import STAGES, OffersParameters, RawOffersParameters
+from ml.taxonomy_change.transitions import Transitions
 from offer_assets import policies
 from offer_assets.checks import partitioned_check
 from offer_assets.metadata import (
@@ -18,6 +19,7 @@ from offer_assets.metadata import (
     row_count,
     table,
 )
+from offer_assets.taxonomy import taxonomy_in_force
 from resources.compute import Compute
 from resources.offer_feed import OfferFeed
 
@@ -90,14 +92,18 @@ def feed_assets(days: dg.DailyPartitionsDefinition) -> list[dg.AssetsDefinition]
     def split_offers(
         context: dg.AssetExecutionContext,
         raw_offers: ArtifactRef,
-        catalog_taxonomy: ArtifactRef,
+        taxonomy_change: ArtifactRef,
         compute: Compute,
     ) -> Iterator[dg.MaterializeResult]:
         """Every raw offer ends in exactly one of the two tables."""
         result = compute.run(
             context,
             "offers",
-            {"raw_offers": raw_offers, "catalog_taxonomy": catalog_taxonomy},
+            {
+                "raw_offers": raw_offers,
+                "catalog_taxonomy": taxonomy_in_force(taxonomy_change, compute),
+                "taxonomy_change": taxonomy_change,
+            },
             OffersParameters(),
         )
         metrics = result.manifest.metrics
@@ -164,22 +170,27 @@ def feed_checks(days: dg.DailyPartitionsDefinition) -> list[dg.AssetChecksDefini
         asset="offers",
         partitions_def=days,
         blocking=True,
-        additional_ins={"catalog_taxonomy": dg.AssetIn("catalog_taxonomy")},
+        additional_ins={"taxonomy_change": dg.AssetIn("taxonomy_change")},
     )
     def labels_exist_in_taxonomy(
-        offers: ArtifactRef, catalog_taxonomy: ArtifactRef, compute: Compute
+        offers: ArtifactRef, taxonomy_change: ArtifactRef, compute: Compute
     ) -> dg.AssetCheckResult:
-        """Every human label of a clean offer is a category of the current taxonomy."""
+        """Every human label of a clean offer is a category of the taxonomy in force or of an earlier one."""
         table_file = compute.folder(offers) / "offers.parquet"
-        unknown = unknown_labels([table_file], compute.folder(catalog_taxonomy))
+        in_force = taxonomy_in_force(taxonomy_change, compute)
+        retired = {t.from_id for t in Transitions.read(compute.folder(taxonomy_change)).transitions}
+        missing = unknown_labels([table_file], compute.folder(in_force))
+        unknown = {label: offers for label, offers in missing.items() if label not in retired}
+        of_earlier_versions = sum(missing.values()) - sum(unknown.values())
         return dg.AssetCheckResult(
             passed=not unknown,
             description=f"{len(unknown)} labels are unknown: {', '.join(list(unknown)[:5])}"
             if unknown
-            else "every label is a category of the taxonomy",
+            else f"every label is known, {of_earlier_versions:,} from an earlier version of the taxonomy",
             metadata={
                 "unknown_labels": len(unknown),
                 "offers_with_unknown_label": sum(unknown.values()),
+                "labels_of_earlier_versions": of_earlier_versions,
                 "labelled_offers": offers.metrics["labelled"],
             },
         )

@@ -56,15 +56,26 @@ class HeadlessRuns:
     failed_checks: list[FailedCheck] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
-    def run(self, job_name: str, partition_key: str | None = None) -> bool:
-        """Run one job to its end; False if it failed."""
+    def run(
+        self,
+        job_name: str,
+        partition_key: str | None = None,
+        run_config: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """Run one job to its end; False if it failed.
+
+        Args:
+            job_name: A job of the definitions.
+            partition_key: Partition to run, of a job that has them.
+            run_config: In place of the job's own, section by section.
+        """
         terminal = _Terminal(self, partition_key)
         job = self.definitions.resolve_job_def(job_name)
         _Terminal.current = terminal
         result = job.execute_in_process(
             instance=self.instance,
             partition_key=partition_key,
-            run_config={"loggers": {_LOGGER: {}}},
+            run_config={**(job.run_config or {}), **(run_config or {}), "loggers": {_LOGGER: {}}},
             tags=process_tag(),
             raise_on_error=False,
         )

@@ -2,16 +2,58 @@
 
 import dagster as dg
 
+from offer_assets.models import WARM
 from offer_assets.partitions import CPU
+from offer_assets.release import PRODUCTION
 
+ADOPT_TAXONOMY = "adopt_taxonomy"
+REFRESH_NAMES = "refresh_names"
+FOLLOW_TAXONOMY = "follow_taxonomy"
 INGEST_DAY = "ingest_day"
 TRAIN_AND_RELEASE = "train_and_release"
 START_ENDPOINT = "start_endpoint"
 CATALOGUE_DAY = "catalogue_day"
 PROCESS_DAY = "process_day"
 
-_INGESTION = ("catalog_taxonomy", "raw_offers", "offers", "quarantined_offers")
+_TAXONOMY = ("catalog_taxonomy", "taxonomy_change")
+_INGESTION = ("raw_offers", "offers", "quarantined_offers")
+_TRAINING = (
+    "migrated_labels",
+    "evaluation_set",
+    "training_sample",
+    "teacher_checkpoint",
+    "teacher_labels",
+    "fast_checkpoint",
+    "student_checkpoint",
+    "student_evaluation",
+    "compiled_student",
+)
+_RELEASE = ("model_version", "offer_endpoint")
 _CATALOGUING = ("catalogued_offers", "drift_report")
+
+adopt_taxonomy = dg.define_asset_job(
+    ADOPT_TAXONOMY,
+    selection=dg.AssetSelection.assets(*_TAXONOMY),
+    description="Take the newest release of the taxonomy and say what it changes; nothing is trained.",
+)
+
+refresh_names = dg.define_asset_job(
+    REFRESH_NAMES,
+    selection=dg.AssetSelection.assets(*_TAXONOMY, *_RELEASE),
+    config={"ops": {"model_version": {"config": {"model": PRODUCTION}}}},
+    description="Take a release that renames categories only: the endpoint answers with the new names, "
+    "nothing is trained.",
+)
+
+follow_taxonomy = dg.define_asset_job(
+    FOLLOW_TAXONOMY,
+    selection=dg.AssetSelection.assets(*_TAXONOMY, *_TRAINING, *_RELEASE),
+    config={
+        "ops": {asset: {"config": {"start": WARM}} for asset in ("teacher_checkpoint", "student_checkpoint")}
+    },
+    description="Take a release of the taxonomy, carry the labels over, train on from the model in "
+    "production, gate, serve. What a new release starts by itself.",
+)
 
 ingest_day = dg.define_asset_job(
     INGEST_DAY,
@@ -21,19 +63,8 @@ ingest_day = dg.define_asset_job(
 
 train_and_release = dg.define_asset_job(
     TRAIN_AND_RELEASE,
-    selection=dg.AssetSelection.assets(
-        "evaluation_set",
-        "training_sample",
-        "teacher_checkpoint",
-        "teacher_labels",
-        "fast_checkpoint",
-        "student_checkpoint",
-        "student_evaluation",
-        "compiled_student",
-        "model_version",
-        "offer_endpoint",
-    ),
-    description="Train on everything taken so far, compile for a target, register, pass the gate, serve.",
+    selection=dg.AssetSelection.assets(*_TRAINING, *_RELEASE),
+    description="Train afresh on everything taken so far, compile, register, pass the gate, serve.",
 )
 
 start_endpoint = dg.define_asset_job(
@@ -54,7 +85,16 @@ process_day = dg.define_asset_job(
     description="Take one day of the feed and catalogue it: what new offers start by themselves.",
 )
 
-JOBS = [ingest_day, train_and_release, start_endpoint, catalogue_day, process_day]
+JOBS = [
+    adopt_taxonomy,
+    refresh_names,
+    follow_taxonomy,
+    ingest_day,
+    train_and_release,
+    start_endpoint,
+    catalogue_day,
+    process_day,
+]
 
 
 @dg.schedule(

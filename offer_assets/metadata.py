@@ -58,8 +58,8 @@ def feed_schema() -> dg.TableSchema:
     )
 
 
-def offer_schema() -> dg.TableSchema:
-    """Columns of a clean offer."""
+def offer_schema(*further: tuple[str, str, str]) -> dg.TableSchema:
+    """Columns of a clean offer, and ``further`` ones as ``(name, type, description)``."""
     return dg.TableSchema(
         columns=[
             dg.TableColumn(
@@ -70,6 +70,7 @@ def offer_schema() -> dg.TableSchema:
             )
             for column in FEED_COLUMNS
         ]
+        + schema(further).columns
     )
 
 

@@ -1,18 +1,32 @@
 """Teacher, its labels, and the two models that learn from them."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import dagster as dg
 import msgspec
+from pydantic import Field
 
 from ml.artifacts import ArtifactRef
 from ml.stages import STAGES, FastModelParameters, TeacherLabelsParameters
 from offer_assets import policies
 from offer_assets.metadata import materialization, picture, row_count
 from offer_assets.plan import TrainingPlan
+from offer_assets.taxonomy import pinned_model, taxonomy_in_force
 from resources.compute import Compute, StageResult
 from resources.tracking import Tracking
+
+FRESH, WARM = "fresh", "warm"
+
+
+class TrainingStart(dg.Config):
+    """Where a training starts: the launchpad of a job shows it."""
+
+    start: Literal["fresh", "warm"] = Field(
+        default=FRESH,
+        description="fresh: from the pretrained encoder; warm: from the model that was in production when "
+        "the taxonomy changed, if there was one (and OFFER_ASSETS_WARM_START allows it).",
+    )
 
 
 @dg.asset(
@@ -24,18 +38,24 @@ from resources.tracking import Tracking
 )
 def teacher_checkpoint(
     context: dg.AssetExecutionContext,
+    config: TrainingStart,
     training_sample: ArtifactRef,
-    catalog_taxonomy: ArtifactRef,
+    taxonomy_change: ArtifactRef,
     compute: Compute,
     tracking: Tracking,
     plan: TrainingPlan,
 ) -> dg.MaterializeResult:
     """Large pretrained encoder, fine-tuned on the labelled offers: the best judge, too slow to serve."""
+    warm = _warm_start("teacher_checkpoint", config, taxonomy_change, compute, plan)
     result = compute.run(
         context,
         "teacher_checkpoint",
-        {"training_sample": training_sample, "catalog_taxonomy": catalog_taxonomy},
-        plan.teacher(),
+        {
+            "training_sample": training_sample,
+            "catalog_taxonomy": taxonomy_in_force(taxonomy_change, compute),
+            **warm,
+        },
+        plan.teacher(warm=bool(warm)),
     )
     return _trained(result, compute, tracking)
 
@@ -75,7 +95,7 @@ def fast_checkpoint(
     context: dg.AssetExecutionContext,
     training_sample: ArtifactRef,
     teacher_labels: ArtifactRef,
-    catalog_taxonomy: ArtifactRef,
+    taxonomy_change: ArtifactRef,
     compute: Compute,
     tracking: Tracking,
 ) -> dg.MaterializeResult:
@@ -86,7 +106,7 @@ def fast_checkpoint(
         {
             "training_sample": training_sample,
             "teacher_labels": teacher_labels,
-            "catalog_taxonomy": catalog_taxonomy,
+            "catalog_taxonomy": taxonomy_in_force(taxonomy_change, compute),
         },
         FastModelParameters(),
     )
@@ -103,15 +123,17 @@ def fast_checkpoint(
 )
 def student_checkpoint(
     context: dg.AssetExecutionContext,
+    config: TrainingStart,
     training_sample: ArtifactRef,
     teacher_labels: ArtifactRef,
     teacher_checkpoint: ArtifactRef,
-    catalog_taxonomy: ArtifactRef,
+    taxonomy_change: ArtifactRef,
     compute: Compute,
     tracking: Tracking,
     plan: TrainingPlan,
 ) -> dg.MaterializeResult:
     """Small pretrained encoder, distilled from the teacher: what serves the offers."""
+    warm = _warm_start("student_checkpoint", config, taxonomy_change, compute, plan)
     result = compute.run(
         context,
         "student_checkpoint",
@@ -119,11 +141,22 @@ def student_checkpoint(
             "training_sample": training_sample,
             "teacher_labels": teacher_labels,
             "teacher_checkpoint": teacher_checkpoint,
-            "catalog_taxonomy": catalog_taxonomy,
+            "catalog_taxonomy": taxonomy_in_force(taxonomy_change, compute),
+            **warm,
         },
-        plan.student(),
+        plan.student(warm=bool(warm)),
     )
     return _trained(result, compute, tracking)
+
+
+def _warm_start(
+    kind: str, config: TrainingStart, taxonomy_change: ArtifactRef, compute: Compute, plan: TrainingPlan
+) -> dict[str, ArtifactRef]:
+    """Inputs that make a training start from the model which was in production at the taxonomy's change."""
+    if config.start != WARM or not plan.warm_start:
+        return {}
+    model = pinned_model(taxonomy_change, kind, compute)
+    return {"warm_start": model, "taxonomy_change": taxonomy_change} if model else {}
 
 
 def _trained(result: StageResult, compute: Compute, tracking: Tracking) -> dg.MaterializeResult:

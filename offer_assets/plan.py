@@ -10,6 +10,7 @@ from pydantic import Field
 from ml.learning.encoder_files import encoder_digest
 from ml.stages import (
     EvaluationSetParameters,
+    MigratedLabelsParameters,
     StudentParameters,
     TeacherParameters,
     TrainingSampleParameters,
@@ -31,11 +32,18 @@ class TrainingPlan(dg.ConfigurableResource):
     student_encoder: str = Field(description="'teacher' (layers of it) or an encoder as for the teacher.")
     student_layers: int = Field(description="Encoder layers of the student.")
     student_epochs: int = Field(description="Passes of the student over the teacher's labels.")
+    warm_start: bool = Field(description="Whether a training that may start warm does.")
+    warm_teacher_epochs: int = Field(description="Passes of a teacher that starts warm.")
+    warm_student_epochs: int = Field(description="Passes of a student that starts warm.")
 
     @classmethod
     def from_settings(cls, settings: Settings) -> TrainingPlan:
         """The plan that the settings describe."""
         return cls(**{name: getattr(settings, name) for name in cls.model_fields})
+
+    def migrated_labels(self) -> MigratedLabelsParameters:
+        """Parameters of ``migrated_labels``."""
+        return MigratedLabelsParameters(encoder=self.encoder, encoder_digest=encoder_digest(self.encoder))
 
     def evaluation_set(self) -> EvaluationSetParameters:
         """Parameters of ``evaluation_set``."""
@@ -51,22 +59,22 @@ class TrainingPlan(dg.ConfigurableResource):
             cap_per_category=self.cap_per_category,
         )
 
-    def teacher(self) -> TeacherParameters:
-        """Parameters of ``teacher_checkpoint``."""
+    def teacher(self, *, warm: bool = False) -> TeacherParameters:
+        """Parameters of ``teacher_checkpoint``, for a training that starts warm or afresh."""
         return TeacherParameters(
             encoder=self.encoder,
             encoder_digest=encoder_digest(self.encoder),
             instruction=self.instruction,
             max_tokens=self.max_tokens,
-            epochs=self.teacher_epochs,
+            epochs=self.warm_teacher_epochs if warm else self.teacher_epochs,
         )
 
-    def student(self) -> StudentParameters:
-        """Parameters of ``student_checkpoint``."""
+    def student(self, *, warm: bool = False) -> StudentParameters:
+        """Parameters of ``student_checkpoint``, for a training that starts warm or afresh."""
         return StudentParameters(
             encoder=self.student_encoder,
             encoder_digest=encoder_digest(self.student_encoder),
             layers=self.student_layers,
             max_tokens=self.max_tokens,
-            epochs=self.student_epochs,
+            epochs=self.warm_student_epochs if warm else self.student_epochs,
         )

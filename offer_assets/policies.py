@@ -6,6 +6,7 @@ import dagster as dg
 
 from ml.evaluation.gate import GateLimits
 
+TAXONOMY = "taxonomy"
 FEED = "feed"
 TRAINING = "training"
 EVALUATION = "evaluation"
@@ -29,6 +30,12 @@ QUARANTINE_WARNING_SHARE = 0.05
 
 QUARANTINE_ERROR_SHARE = 0.5
 """A feed with more quarantined offers than this is not the feed it was."""
+
+TAXONOMY_FINGERPRINT_TAG = "offer_assets/taxonomy_fingerprint"
+"""Tag of a run that a release of the taxonomy started: the release's fingerprint."""
+
+TAXONOMY_RELEASE_TAG = "offer_assets/taxonomy_release"
+"""Tag of the same run: the release's name."""
 
 DRIFT_ERROR_SHARE = 0.3
 """One drifted column is a warning; from this share of them on, the day is not what the model knows."""

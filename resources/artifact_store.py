@@ -121,7 +121,7 @@ class FolderArtifactStore(ArtifactStore):
     def fetch(self, ref: ArtifactRef, *, check: bool = True) -> Path:
         folder = self.destination(ref.kind, ref.key)
         if check:
-            verify(folder, kind=ref.kind, digest=ref.digest)
+            verify(folder, kinds=[ref.kind], digest=ref.digest)
         elif (found := read_manifest(folder)).digest != ref.digest:
             raise InputError(f"{folder} has digest {found.digest}, expected {ref.digest}; it was replaced")
         return folder

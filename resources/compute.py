@@ -40,7 +40,7 @@ _LINES_SHOWN = 15
 _BESIDE_TRAINING = frozenset({"catalogued_offers", "drift_report"})
 """Heavy stages that need not wait for others: new offers are catalogued while a model trains."""
 
-AnyContext = dg.AssetExecutionContext | dg.AssetCheckExecutionContext
+AnyContext = dg.AssetExecutionContext | dg.AssetCheckExecutionContext | dg.OpExecutionContext
 StageInputs = Mapping[str, ArtifactRef | Mapping[str, ArtifactRef]]
 """Input artifacts by name; those of a partitioned input by partition."""
 
@@ -63,7 +63,7 @@ class Compute(dg.ConfigurableResource[Any], ABC):
         """Make the artifact of a stage, or find it made.
 
         Args:
-            context: Of the asset or check on whose behalf the stage runs; its log gets the progress.
+            context: Of the asset, check or op on whose behalf the stage runs; its log gets the progress.
             stage_name: A stage of ``ml.stages``.
             inputs: The input artifacts.
             parameters: Of the type that the stage has.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from resources.alerts import OutboxAlerts
 from resources.artifact_store import FolderArtifactStore
 from resources.compute import LocalCompute
 from resources.endpoints import LocalEndpoints
@@ -11,6 +12,8 @@ from resources.feed_name import feed_name
 from resources.io_manager import ArtifactRefIOManager
 from resources.offer_feed import DemoOfferFeed, OfferFeed
 from resources.settings import Settings, SettingsError
+from resources.taxonomy_policy import TaxonomyPolicy
+from resources.taxonomy_source import DemoTaxonomySource, TaxonomySource
 from resources.tracking import MlflowTracking
 
 
@@ -34,7 +37,13 @@ def resources_for(settings: Settings) -> dict[str, Any]:
         "endpoints": LocalEndpoints(
             home=home, port=settings.endpoint_port, workers=settings.endpoint_workers
         ),
-        "offer_feed": _offer_feed(settings),
+        "offer_feed": (feed := _offer_feed(settings)),
+        "taxonomy_source": _taxonomy_source(settings, feed),
+        "taxonomy_policy": TaxonomyPolicy(
+            settle_seconds=settings.taxonomy_settle_seconds,
+            max_removed_share=settings.taxonomy_max_removed_share,
+        ),
+        "alerts": OutboxAlerts(home=home),
     }
 
 
@@ -49,7 +58,12 @@ def _offer_feed(settings: Settings) -> OfferFeed:
         )
     return OfferFeed(
         feed=settings.offer_feed,
-        taxonomy=settings.catalog_taxonomy,
         first_day=settings.first_day.isoformat(),
         home=str(settings.home),
     )
+
+
+def _taxonomy_source(settings: Settings, feed: OfferFeed) -> TaxonomySource:
+    if isinstance(feed, DemoOfferFeed):
+        return DemoTaxonomySource.of(feed)
+    return TaxonomySource(location=settings.catalog_taxonomy)

@@ -13,7 +13,6 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import NamedTuple
 
 import dagster as dg
 import msgspec
@@ -52,21 +51,11 @@ class SeenFile(msgspec.Struct, frozen=True, kw_only=True):
         return FeedFile(uri=self.uri, fingerprint=self.fingerprint, loaded_on=self.loaded_on)
 
 
-class TaxonomySource(NamedTuple):
-    """Where the taxonomy CSV is, and what it holds."""
-
-    uri: str
-    fingerprint: str
-    """SHA-256 of the content."""
-
-
 class OfferFeed(dg.ConfigurableResource["OfferFeed"]):
-    """Offers in files, and the taxonomy that their labels are from."""
+    """Offers in files."""
 
     feed: str
     """File, glob or URI."""
-    taxonomy: str
-    """Taxonomy CSV: file or URI."""
     first_day: str
     """ISO date of the first daily partition."""
     home: str
@@ -155,27 +144,8 @@ class OfferFeed(dg.ConfigurableResource["OfferFeed"]):
         self.prepare()
         return [self._seen(uri) for uri in discover_files(self.feed)]
 
-    @input_errors_fail_plainly()
-    def taxonomy_source(self) -> TaxonomySource:
-        """The taxonomy CSV, as it is now.
-
-        Raises:
-            InputFailure: it cannot be read.
-        """
-        import fsspec
-
-        self.prepare()
-        try:
-            with fsspec.open(self.taxonomy, "rb") as file:
-                fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise InputError(
-                f"CATALOG_TAXONOMY={without_secrets(self.taxonomy)} cannot be read: {error}"
-            ) from None
-        return TaxonomySource(self.taxonomy, fingerprint)
-
     def prepare(self) -> None:
-        """Make sure that feed and taxonomy exist; nothing to do where somebody else delivers them."""
+        """Make sure that the feed exists; nothing to do where somebody else delivers it."""
 
     def loading_day(self, uri: str) -> str:
         """The day (ISO date) that a file counts as loaded on which is looked at now."""
@@ -251,7 +221,8 @@ class OfferFeed(dg.ConfigurableResource["OfferFeed"]):
 class DemoOfferFeed(OfferFeed):
     """The embedded demo feed, written to ``<home>/demo_feed`` when it is first asked for.
 
-    Days that were added since stay. With other settings it would be another feed, and needs another home.
+    The taxonomy that its labels are from lies beside it, in a folder of versions. Days and versions that
+    were added since stay. With other settings it would be another feed, and needs another home.
     """
 
     days_at_first: int
@@ -263,10 +234,8 @@ class DemoOfferFeed(OfferFeed):
         cls, home: Path, *, first_day: datetime.date, days: int, offers_per_day: int, seed: int
     ) -> DemoOfferFeed:
         """The demo feed of this home."""
-        folder = home / "demo_feed"
         return cls(
-            feed=str(folder / "offers-*.parquet"),
-            taxonomy=str(folder / "taxonomy.csv"),
+            feed=str(home / "demo_feed" / "offers-*.parquet"),
             first_day=first_day.isoformat(),
             home=str(home),
             days_at_first=days,
@@ -276,7 +245,7 @@ class DemoOfferFeed(OfferFeed):
 
     @override
     def prepare(self) -> None:
-        from ml.demo.feed import DemoFeed, days_in, feed_in
+        from ml.demo.feed import DemoFeed, days_in, feed_in, taxonomy_versions_in
 
         wanted = DemoFeed(seed=self.seed, offers_per_day=self.offers_per_day)
         with self._lock():
@@ -290,8 +259,8 @@ class DemoOfferFeed(OfferFeed):
                         f"seed={wanted.seed} offers_per_day={wanted.offers_per_day} (or delete it)"
                     )
                 wanted = there
-            if not written or not Path(self.taxonomy).exists():
-                wanted.write_taxonomy(Path(self.taxonomy))
+            if wanted.taxonomy_version not in taxonomy_versions_in(self.taxonomy_folder):
+                wanted.write_taxonomy(self.taxonomy_folder)
             first = datetime.date.fromisoformat(self.first_day)
             for number in range(self.days_at_first):
                 day = first + datetime.timedelta(days=number)
@@ -323,9 +292,38 @@ class DemoOfferFeed(OfferFeed):
             feed_in(self._folder).write_day(self._folder, day, drifted=True)
         return day.isoformat()
 
+    @input_errors_fail_plainly()
+    def add_taxonomy_version(self) -> str:
+        """Write the taxonomy's next version, with its mapping; returns the file of the tree.
+
+        Days that are written later keep the labels of the version before: labels come late.
+
+        Raises:
+            InputFailure: there is no further version.
+        """
+        from ml.demo.catalog import TAXONOMY_VERSIONS
+        from ml.demo.feed import feed_in, taxonomy_versions_in
+
+        self.prepare()
+        with self._lock():
+            newest = taxonomy_versions_in(self.taxonomy_folder)[-1]
+            if newest == TAXONOMY_VERSIONS[-1]:
+                raise InputError(
+                    f"the demo feed has no taxonomy after version {newest}, which lies in "
+                    f"{self.taxonomy_folder}; delete it to see the change again"
+                )
+            return str(feed_in(self._folder).write_taxonomy(self.taxonomy_folder, newest + 1))
+
+    @property
+    def taxonomy_folder(self) -> Path:
+        """Where the versions of its taxonomy lie (CATALOG_TAXONOMY of the demo)."""
+        from ml.demo.feed import TAXONOMY_FOLDER
+
+        return self._folder / TAXONOMY_FOLDER
+
     @property
     def _folder(self) -> Path:
-        return Path(self.taxonomy).parent
+        return Path(self.feed).parent
 
     def _lock(self) -> AbstractContextManager[None]:
         return only_one(Path(self.home) / "demo_feed.lock")

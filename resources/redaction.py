@@ -10,7 +10,10 @@ _USER_INFO = re.compile(
     r"|[^\s/?#]*"
     r")@"
 )
-_QUERY_SECRET = re.compile(r"([?&](?:password|passwd|pwd|token|secret|sig|signature)=)[^&\s]+", re.IGNORECASE)
+_QUERY_SECRET = re.compile(
+    r"([?&](?:[\w-]*(?:password|passwd|token|secret|signature|api[_-]?key|credential)|pwd|sig)=)[^&\s]+",
+    re.IGNORECASE,
+)
 
 
 def without_secrets(text: str) -> str:

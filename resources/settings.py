@@ -64,13 +64,13 @@ def _existing_feed(value: str) -> str:
     return path
 
 
-def _existing_file(value: str) -> str:
-    """A URI as it is; a local path as an absolute one, which must be a file."""
+def _existing_file_or_folder(value: str) -> str:
+    """A URI as it is; a local path as an absolute one, which must exist."""
     path = local_path(value)
     if path is None:
         return value
-    if not Path(path).is_file():
-        raise ValueError(f"points nowhere: there is no file {path}")
+    if not Path(path).exists():
+        raise ValueError(f"points nowhere: there is no file or folder {path}")
     return path
 
 
@@ -118,10 +118,11 @@ class Settings(BaseSettings):
         description="Offer feed: file, folder, glob or URI (Parquet, CSV, JSON lines, also gzipped). "
         "Empty: the embedded demo feed.",
     )
-    catalog_taxonomy: Annotated[str, AfterValidator(_existing_file)] = Field(
+    catalog_taxonomy: Annotated[str, AfterValidator(_existing_file_or_folder)] = Field(
         default="",
         validation_alias="CATALOG_TAXONOMY",
-        description="Catalog taxonomy of that feed: CSV with category_id,parent_id,name[,name_<locale>...].",
+        description="Catalog taxonomy of that feed: a file, a folder of versions, an http(s) URL or an S3 "
+        "prefix; CSV (category_id,parent_id,name[,name_<locale>...]), Google's or Shopify's text.",
     )
     home: Annotated[Path, AfterValidator(_absolute_folder)] = Field(
         default=Path(".offer_assets"),
@@ -221,6 +222,41 @@ class Settings(BaseSettings):
         ge=1,
         validation_alias="OFFER_ASSETS_STUDENT_EPOCHS",
         description="Student's passes over labelled and unlabelled offers.",
+    )
+    warm_start: bool = Field(
+        default=True,
+        validation_alias="OFFER_ASSETS_WARM_START",
+        description="After a change of the taxonomy, train on from the model in production (false: afresh).",
+    )
+    warm_teacher_epochs: int = Field(
+        default=1,
+        ge=1,
+        validation_alias="OFFER_ASSETS_WARM_TEACHER_EPOCHS",
+        description="Teacher's passes when it starts from the model in production.",
+    )
+    warm_student_epochs: int = Field(
+        default=1,
+        ge=1,
+        validation_alias="OFFER_ASSETS_WARM_STUDENT_EPOCHS",
+        description="Student's passes when it starts from the model in production.",
+    )
+    taxonomy_settle_seconds: float = Field(
+        default=60.0,
+        ge=0,
+        validation_alias="OFFER_ASSETS_TAXONOMY_SETTLE_SECONDS",
+        description="A new release of the taxonomy must be unchanged for so long before it is followed.",
+    )
+    taxonomy_max_removed_share: float = Field(
+        default=0.3,
+        ge=0,
+        le=1,
+        validation_alias="OFFER_ASSETS_TAXONOMY_MAX_REMOVED_SHARE",
+        description="A release that removes more of the categories, not saying where they went, is refused.",
+    )
+    approval: Literal["automatic", "required"] = Field(
+        default="automatic",
+        validation_alias="OFFER_ASSETS_APPROVAL",
+        description="Whether what passed the gate is served at once (automatic) or a person decides.",
     )
     endpoint_port: int = Field(
         default=8765,

@@ -1,7 +1,9 @@
 """The door to experiment tracking and to the model registry.
 
 Every artifact can be recorded as a run (parameters, metrics, what it was made of). A compiled
-student is registered as a version of the model; one version at a time is in production.
+student is registered as a version of the model; one version at a time is in production. What a person
+decided about a version, and when and why versions went into production, is kept as tags of the versions,
+so that any MLflow server holds it and its own pages show it.
 """
 
 from __future__ import annotations
@@ -14,14 +16,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import dagster as dg
 import msgspec
 from typing_extensions import override
 
 from ml.artifacts import ArtifactRef, JsonValue, Manifest
+from ml.errors import InputError
 from resources.atomic_files import only_one
+from resources.failures import input_errors_fail_plainly
 from resources.redaction import without_secrets
 
 _T = TypeVar("_T")
@@ -29,7 +33,57 @@ _T = TypeVar("_T")
 _EXPERIMENT = "offer-assets"
 _PRODUCTION = "production"
 _LONGEST_PARAMETER = 6000
+_LONGEST_REASON = 2000
+"""Characters of a reason that are kept: older servers take tags of 5,000."""
 _ARTIFACT_TAGS = ("kind", "key", "digest", "uri")
+
+_APPROVAL_TAG = "approval"
+"""``automatic``, ``pending``, ``approved`` or ``rejected``; a person may set it by hand."""
+_DECISION_TAG = "approval.decision"
+_PROMOTION_TAGS = "promotion."
+
+BY_HAND = "mlflow"
+"""Who decided, where nobody but the tag in MLflow says so."""
+
+Verdict = Literal["passed", "failed"]
+Choice = Literal["approved", "rejected"]
+Approval = Literal["automatic", "pending", "approved", "rejected"]
+
+
+class Decision(msgspec.Struct, frozen=True, kw_only=True):
+    """What a person decided about a version."""
+
+    decision: Choice
+    by: str
+    reason: str
+    at: str
+    """ISO time (UTC); empty where the tag was set by hand in MLflow and nobody has noted when."""
+    despite_gate: bool = False
+    """Whether a version was approved that did not pass the gate."""
+
+
+class Promotion(msgspec.Struct, frozen=True, kw_only=True):
+    """A version went into production: when, why, by whom, in place of what, and what it was made of."""
+
+    at: str
+    """ISO time (UTC)."""
+    by: str
+    """A person, or ``automatic``."""
+    reason: str
+    run_id: str
+    kind: Literal["promotion", "rollback"]
+    registry_version: str
+    model_version: str
+    replaced: str | None
+    """Model version that was in production before."""
+    taxonomy_version: str
+    """Empty, like the three below, where the artifact that would tell is gone."""
+    data: str
+    """Training sample, the short form of its digest."""
+    code_revision: str
+    """Of the code that trained the student."""
+    evaluation: str
+    """Digest of the evaluation that the gate judged."""
 
 
 class RegisteredVersion(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,12 +96,59 @@ class RegisteredVersion(msgspec.Struct, frozen=True, kw_only=True):
     """The compiled student."""
     metrics: dict[str, float]
     tags: dict[str, str]
+    registered_at: str
+    """ISO time (UTC)."""
     in_production: bool
 
     @property
     def model_version(self) -> str:
         """The version that predictions carry."""
         return self.ref.version
+
+    @property
+    def passed(self) -> bool:
+        """Whether the gate let it pass."""
+        return self.tags.get("verdict") == "passed"
+
+    @property
+    def approval(self) -> Approval:
+        """Whether it may be served as far as people are concerned; unclear tags wait for a person."""
+        tag = self.tags.get(_APPROVAL_TAG, "").strip().lower()
+        approvals: tuple[Approval, ...] = ("automatic", "approved", "rejected")
+        return next((approval for approval in approvals if approval == tag), "pending")
+
+    @property
+    def decision(self) -> Decision | None:
+        """What a person decided, or None; the tag counts, whoever set it."""
+        approval = self.approval
+        if approval not in ("approved", "rejected"):
+            return None
+        noted = self._noted
+        if noted is not None and noted.decision == approval:
+            return noted
+        return Decision(decision=approval, by=BY_HAND, reason="decided in MLflow", at="")
+
+    @property
+    def may_serve(self) -> bool:
+        """Whether gate and people agree that it is served."""
+        decision = self.decision
+        if self.passed:
+            return self.approval in ("automatic", "approved")
+        return decision is not None and decision.decision == "approved" and decision.despite_gate
+
+    @property
+    def promotions(self) -> list[Promotion]:
+        """When it went into production, oldest first."""
+        entries = [
+            _decoded(self.tags[name], Promotion)
+            for name in sorted(self.tags)
+            if name.startswith(_PROMOTION_TAGS)
+        ]
+        return [entry for entry in entries if entry is not None]
+
+    @property
+    def _noted(self) -> Decision | None:
+        return _decoded(self.tags.get(_DECISION_TAG, ""), Decision)
 
 
 class Tracking(dg.ConfigurableResource[Any], ABC):
@@ -70,11 +171,20 @@ class Tracking(dg.ConfigurableResource[Any], ABC):
 
     @abstractmethod
     def register(
-        self, ref: ArtifactRef, metrics: Mapping[str, JsonValue], tags: Mapping[str, str]
+        self,
+        ref: ArtifactRef,
+        metrics: Mapping[str, JsonValue],
+        tags: Mapping[str, str],
+        approval: Literal["automatic", "pending"] | None = None,
     ) -> RegisteredVersion:
         """Register a compiled student; a digest that is registered gets the new metrics and tags.
 
-        Of ``metrics`` the numbers are kept.
+        Args:
+            ref: The compiled student.
+            metrics: Of its evaluation; the numbers are kept.
+            tags: What else to keep; ``verdict`` is ``passed`` or ``failed``.
+            approval: Whether it waits for a person. What a person decided about it stays, and a
+                version in production stays what it is; None leaves every version as it is.
         """
 
     @abstractmethod
@@ -82,12 +192,66 @@ class Tracking(dg.ConfigurableResource[Any], ABC):
         """The version as which this compiled student is registered, or None."""
 
     @abstractmethod
-    def promote(self, version: RegisteredVersion, reason: str) -> RegisteredVersion:
-        """Make ``version`` the one in production, and keep the reason with it."""
+    def versions(self) -> list[RegisteredVersion]:
+        """All versions of the model, newest first."""
+
+    @abstractmethod
+    def decide(
+        self,
+        version: RegisteredVersion,
+        decision: Choice,
+        by: str,
+        reason: str,
+        despite_gate: bool = False,
+    ) -> RegisteredVersion:
+        """Note what a person decided about ``version``; the same decision again changes nothing.
+
+        Args:
+            version: As the registry had it a moment ago.
+            decision: Whether it may be served.
+            by: Who decided.
+            reason: Why.
+            despite_gate: Approve it although the gate did not let it pass; noted with the decision.
+
+        Raises:
+            InputFailure: nobody or no reason is named, or a version that the gate refused would be
+                approved without saying so.
+        """
+
+    @abstractmethod
+    def promote(self, version: RegisteredVersion, promotion: Promotion) -> RegisteredVersion:
+        """Make ``version`` the one in production, and add ``promotion`` to the history.
+
+        A version that is in production already, or whose promotion was interrupted, adds none.
+        """
 
     @abstractmethod
     def production(self) -> RegisteredVersion | None:
         """The version in production, or None before the first."""
+
+    @input_errors_fail_plainly()
+    def find(self, text: str) -> RegisteredVersion | None:
+        """The version that a person means, or None.
+
+        Args:
+            text: Its number in the registry, or its model version (the beginning is enough).
+
+        Raises:
+            InputFailure: several model versions begin like this.
+        """
+        wanted = text.strip().lower()
+        versions = self.versions()
+        numbered = [version for version in versions if version.version == wanted]
+        begun = [version for version in versions if wanted and version.ref.digest.startswith(wanted)]
+        found = numbered or begun
+        if len(found) > 1:
+            names = ", ".join(f"{version.model_version} (version {version.version})" for version in found)
+            raise InputError(f"{text} may be any of {names}: give more of it, or the number of the version")
+        return found[0] if found else None
+
+    def history(self) -> list[Promotion]:
+        """Every promotion and rollback, oldest first."""
+        return _history_of(self.versions())
 
 
 class MlflowTracking(Tracking):
@@ -144,11 +308,18 @@ class MlflowTracking(Tracking):
 
     @override
     def register(
-        self, ref: ArtifactRef, metrics: Mapping[str, JsonValue], tags: Mapping[str, str]
+        self,
+        ref: ArtifactRef,
+        metrics: Mapping[str, JsonValue],
+        tags: Mapping[str, str],
+        approval: Literal["automatic", "pending"] | None = None,
     ) -> RegisteredVersion:
         wanted = dict(tags) | {f"metric.{name}": repr(value) for name, value in _numbers(metrics).items()}
         with self._client() as client:
             found = self._version_of(client, ref.digest)
+            standing = self._registered(client, found) if found is not None else None
+            if approval and (standing is None or not (standing.decision or standing.in_production)):
+                wanted[_APPROVAL_TAG] = approval
             if found is None:
                 if not client.search_registered_models(f"name = '{self.model_name}'"):
                     client.create_registered_model(
@@ -174,19 +345,75 @@ class MlflowTracking(Tracking):
             return self._registered(client, found) if found is not None else None
 
     @override
-    def promote(self, version: RegisteredVersion, reason: str) -> RegisteredVersion:
+    def versions(self) -> list[RegisteredVersion]:
         with self._client() as client:
-            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            for name, value in {"promoted_at": now, "promotion_reason": reason}.items():
-                client.set_model_version_tag(self.model_name, version.version, name, value)
+            return self._versions(client)
+
+    @override
+    @input_errors_fail_plainly()
+    def decide(
+        self,
+        version: RegisteredVersion,
+        decision: Choice,
+        by: str,
+        reason: str,
+        despite_gate: bool = False,
+    ) -> RegisteredVersion:
+        by, reason = by.strip(), reason.strip()
+        name = f"version {version.version} (model {version.model_version})"
+        for what, given in (("by", by), ("reason", reason)):
+            if not given:
+                raise InputError(
+                    f"{what} is empty: who decides about {name} and why is kept in the registry; give both"
+                )
+        with self._client() as client:
+            standing = self._registered(client, version)
+            if decision == "approved" and not standing.passed and not despite_gate:
+                raise InputError(
+                    f"{name} did not pass the gate and is not approved: see the checks of "
+                    "student_evaluation and compiled_student, or approve it despite the gate "
+                    "(despite_gate, --despite-gate), which is kept with the decision"
+                )
+            wanted = Decision(
+                decision=decision,
+                by=by,
+                reason=_shortened(reason, _LONGEST_REASON),
+                at=now(),
+                despite_gate=decision == "approved" and not standing.passed,
+            )
+            before = standing.decision
+            if before and before.at and msgspec.structs.replace(wanted, at=before.at) == before:
+                return standing
+            # The approval last: until it is there, nothing was decided.
+            for tag, value in {
+                _DECISION_TAG: msgspec.json.encode(wanted).decode(),
+                _APPROVAL_TAG: decision,
+            }.items():
+                client.set_model_version_tag(self.model_name, version.version, tag, value)
+            return self._registered(client, version)
+
+    @override
+    def promote(self, version: RegisteredVersion, promotion: Promotion) -> RegisteredVersion:
+        with self._client() as client:
+            history = _history_of(self._versions(client))
+            # The entry before the alias: a repeat after an interruption in between finds it.
+            if not history or history[-1].registry_version != version.version:
+                entry = msgspec.structs.replace(
+                    promotion, reason=_shortened(promotion.reason, _LONGEST_REASON)
+                )
+                client.set_model_version_tag(
+                    self.model_name,
+                    version.version,
+                    _PROMOTION_TAGS + promotion.at,
+                    msgspec.json.encode(entry).decode(),
+                )
             client.set_registered_model_alias(self.model_name, _PRODUCTION, version.version)
             return self._registered(client, version)
 
     @override
     def production(self) -> RegisteredVersion | None:
         with self._client() as client:
-            models = client.search_registered_models(f"name = '{self.model_name}'")
-            if not models or _PRODUCTION not in models[0].aliases:
+            if self._production_number(client) is None:
                 return None
             return self._registered(client, client.get_model_version_by_alias(self.model_name, _PRODUCTION))
 
@@ -233,9 +460,33 @@ class MlflowTracking(Tracking):
         )
         return min(found, key=lambda version: int(version.version), default=None)
 
+    def _production_number(self, client: Any) -> str | None:
+        models = client.search_registered_models(f"name = '{self.model_name}'")
+        number = models[0].aliases.get(_PRODUCTION) if models else None
+        return str(number) if number is not None else None
+
+    def _versions(self, client: Any) -> list[RegisteredVersion]:
+        production = self._production_number(client)
+        found: list[RegisteredVersion] = []
+        token = None
+        while True:
+            page = client.search_model_versions(f"name = '{self.model_name}'", page_token=token)
+            found += [
+                self._from_registry(version, str(version.version) == production)
+                for version in page
+                # A version that somebody else registered under this name is none of ours.
+                if {f"artifact.{name}" for name in _ARTIFACT_TAGS} <= version.tags.keys()
+            ]
+            token = page.token
+            if not token:
+                return sorted(found, key=lambda version: int(version.version), reverse=True)
+
     def _registered(self, client: Any, some_version: Any) -> RegisteredVersion:
         """The version as the registry has it now (search results lack the aliases)."""
         version = client.get_model_version(self.model_name, str(some_version.version))
+        return self._from_registry(version, _PRODUCTION in version.aliases)
+
+    def _from_registry(self, version: Any, in_production: bool) -> RegisteredVersion:
         tags = {str(name): str(value) for name, value in version.tags.items()}
         artifact = {name: tags.pop(f"artifact.{name}") for name in _ARTIFACT_TAGS}
         metrics = {
@@ -243,14 +494,29 @@ class MlflowTracking(Tracking):
             for name in sorted(tags)
             if name.startswith("metric.")
         }
+        registered_at = datetime.datetime.fromtimestamp(version.creation_timestamp / 1000, datetime.UTC)
         return RegisteredVersion(
             name=self.model_name,
             version=str(version.version),
             ref=ArtifactRef(**artifact, metrics=dict(metrics)),
             metrics=metrics,
             tags=tags,
-            in_production=_PRODUCTION in version.aliases,
+            registered_at=registered_at.isoformat(timespec="seconds"),
+            in_production=in_production,
         )
+
+
+def _decoded(text: str, kind: type[_T]) -> _T | None:
+    """What a tag holds; nothing where a hand in MLflow has made something else of it."""
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except msgspec.DecodeError:
+        return None
+
+
+def _history_of(versions: Sequence[RegisteredVersion]) -> list[Promotion]:
+    promotions = [promotion for version in versions for promotion in version.promotions]
+    return sorted(promotions, key=lambda promotion: promotion.at)
 
 
 def _run_of(client: Any, experiment: str, ref: ArtifactRef) -> Any | None:
@@ -273,7 +539,17 @@ def _numbers(values: Mapping[str, JsonValue]) -> dict[str, float]:
 
 def _parameter(value: JsonValue) -> str:
     text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
-    return text if len(text) <= _LONGEST_PARAMETER else text[: _LONGEST_PARAMETER - 1] + "…"
+    return _shortened(text, _LONGEST_PARAMETER)
+
+
+def _shortened(text: str, longest: int) -> str:
+    return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def now() -> str:
+    """The time as it is kept with decisions and promotions: ISO, UTC, sortable as text."""
+    # Names of tags may hold no "+".
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def _batches(items: list[_T], size: int) -> Iterator[list[_T]]:

@@ -7,9 +7,12 @@ import dagster as dg
 import msgspec
 from dagster._core.storage.tags import RUN_KEY_TAG
 
+from ml.artifacts import ArtifactRef, short_version
+from ml.errors import InputError
 from ml.stages import FeedFile
 from offer_assets.jobs import INGEST_DAY, JOBS, PROCESS_DAY
 from resources.artifact_store import ArtifactStore
+from resources.compute import Compute
 from resources.offer_feed import OfferFeed
 
 _RUNS_PER_TICK = 10
@@ -25,7 +28,7 @@ class RequestedDay(msgspec.Struct, frozen=True, array_like=True):
     """The last run that was asked for of a day."""
 
     state: str
-    """Digest of the files that hold its offers."""
+    """Digest of the files that hold its offers; with the taxonomy, where that made the day be taken again."""
     job: str
     attempt: int = 1
     outcome: str = ""
@@ -48,12 +51,22 @@ class Cursor(msgspec.Struct, frozen=True):
     minimum_interval_seconds=60,
     default_status=dg.DefaultSensorStatus.RUNNING,
     description="Starts a day's run when the feed has files of it that no run has seen in this state, when a "
-    f"run of it failed (at most {_ATTEMPTS} times), and when there is an endpoint to catalogue it with.",
+    f"run of it failed (at most {_ATTEMPTS} times), when there is an endpoint to catalogue it with, and when "
+    "a newer taxonomy may know the categories for which offers of it were put into quarantine.",
 )
 def new_offers(
-    context: dg.SensorEvaluationContext, offer_feed: OfferFeed, artifact_store: ArtifactStore
+    context: dg.SensorEvaluationContext,
+    offer_feed: OfferFeed,
+    artifact_store: ArtifactStore,
+    compute: Compute,
 ) -> dg.SensorResult:
     """One run per day, state of its files, job and attempt; the run key makes a repeat impossible."""
+    change = artifact_store.read_pointer("taxonomy_change")
+    if change is None:
+        return dg.SensorResult(
+            skip_reason="there is no taxonomy yet: the sensor taxonomy_changed adopts it first",
+            cursor=context.cursor,
+        )
     files = offer_feed.files()
     left_out = offer_feed.left_out_line(files)
     states = {day: _state_of(files_of_day) for day, files_of_day in offer_feed.files_by_day(files).items()}
@@ -62,6 +75,7 @@ def new_offers(
     known = {day: requested for day, requested in known.items() if day in states}
     statuses = _statuses_of_open_runs(context.instance, known)
     known = {day: _with_outcome(requested, statuses.get(day, [])) for day, requested in known.items()}
+    states = _with_taxonomy(states, known, _days_to_take_again(change, artifact_store, compute))
 
     wanted = {
         day: request
@@ -96,6 +110,44 @@ def _state_of(files: list[FeedFile]) -> str:
     """Digest of the files that hold offers of a day."""
     fingerprints = sorted(f"{file.uri} {file.fingerprint}" for file in files)
     return hashlib.sha256("\n".join(fingerprints).encode()).hexdigest()[:16]
+
+
+def _days_to_take_again(
+    change: ArtifactRef, artifact_store: ArtifactStore, compute: Compute
+) -> dict[str, str]:
+    """Days with offers of a category unknown to an earlier taxonomy; each with the one in force."""
+    in_force = compute.manifest(change).inputs["catalog_taxonomy"]
+    days = {}
+    for day, offers in artifact_store.list_pointers("offers").items():
+        if not offers.metrics.get("unknown_category"):
+            continue
+        try:
+            taken_with = compute.manifest(offers).inputs.get("catalog_taxonomy")
+        except InputError:
+            continue  # they are gone: what made the day once makes it again, not a newer taxonomy
+        if taken_with != in_force:
+            days[day] = short_version(in_force)
+    return days
+
+
+def _with_taxonomy(
+    states: dict[str, str], known: dict[str, RequestedDay], to_take_again: dict[str, str]
+) -> dict[str, str]:
+    """States of the days, with the taxonomy for which a day is to be taken again, or was last.
+
+    A day whose run is under way is left alone: that run may take it with the newer taxonomy already.
+    """
+    with_taxonomy = {}
+    for day, state in states.items():
+        last = known.get(day)
+        same_files = last is not None and last.state.split("@")[0] == state
+        if last is not None and same_files and (day not in to_take_again or not last.outcome):
+            with_taxonomy[day] = last.state
+        elif day in to_take_again:
+            with_taxonomy[day] = f"{state}@{to_take_again[day]}"
+        else:
+            with_taxonomy[day] = state
+    return with_taxonomy
 
 
 def _statuses_of_open_runs(

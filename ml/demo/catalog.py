@@ -126,6 +126,27 @@ def taxonomy_csv(version: int) -> str:
     return text.getvalue()
 
 
+def mapping_csv(version: int) -> str:
+    """Where categories of the version before went, as CSV text with ``from_id,to_id``; "" for the first.
+
+    As with official mappings, only what was merged or split is in it, not what was removed.
+    """
+    check_version(version)
+    if version == TAXONOMY_VERSIONS[0]:
+        return ""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["from_id", "to_id"])
+    rows = []
+    for change in _changes():
+        for former in change.formerly:
+            if change.action == "add":
+                rows.append((former, former))  # it stays, for what is not of the new kind
+            rows.append((former, change.category_id))
+    writer.writerows(dict.fromkeys(rows))
+    return text.getvalue()
+
+
 @cache
 def kinds() -> tuple[Kind, ...]:
     """All kinds of product; the position is the kind's number."""

@@ -21,14 +21,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ml.demo import OFFERS_PER_DAY
-from ml.demo.catalog import TAXONOMY_VERSIONS, check_version, taxonomy_csv
+from ml.demo.catalog import TAXONOMY_VERSIONS, check_version, mapping_csv, taxonomy_csv
 from ml.demo.offers import CHUNK_OFFERS, OfferMaker
 from ml.errors import InputError
 from ml.progress import Progress
 
 FIRST_DAY = datetime.date(2026, 11, 1)
 DAYS = 3
-TAXONOMY_FILE = "taxonomy.csv"
+TAXONOMY_FOLDER = "taxonomy"
+"""Beside the days: a file per version of the category tree."""
 
 _SETTINGS_KEY = b"demo_feed"
 """Under this key the settings of a feed are kept in its files, for the days that follow."""
@@ -100,13 +101,24 @@ class DemoFeed:
                     writer.close()
         return path
 
-    def write_taxonomy(self, path: Path, version: int | None = None) -> Path:
-        """Write the category tree as CSV (``version``: the feed's own); an equal file is left alone."""
-        text = taxonomy_csv(self.taxonomy_version if version is None else version).encode()
-        if not path.exists() or path.read_bytes() != text:
-            with _in_one_step(path) as partial:
-                partial.write_bytes(text)
-        return path
+    def write_taxonomy(self, folder: Path, version: int | None = None) -> Path:
+        """Write the category tree to ``<folder>/v<version>.csv``; equal files are left alone.
+
+        A later version comes with ``v<version>.mapping.csv``, which is there before the tree is.
+
+        Args:
+            folder: Made if it does not exist.
+            version: Of the tree; the feed's own if not given.
+
+        Returns:
+            The file of the tree.
+        """
+        version = self.taxonomy_version if version is None else version
+        if mapping := mapping_csv(version):
+            _write_once(folder / f"v{version}.mapping.csv", mapping)
+        tree = folder / f"v{version}.csv"
+        _write_once(tree, taxonomy_csv(version))
+        return tree
 
     @cached_property
     def _maker(self) -> OfferMaker:
@@ -121,6 +133,11 @@ def days_in(folder: Path) -> list[datetime.date]:
     """Days whose file lies in ``folder``, in order."""
     found = (path.stem.removeprefix("offers-") for path in folder.glob("offers-????-??-??.parquet"))
     return sorted(datetime.date.fromisoformat(text) for text in found)
+
+
+def taxonomy_versions_in(folder: Path) -> list[int]:
+    """Versions whose tree lies in ``folder``, in order."""
+    return [version for version in TAXONOMY_VERSIONS if (folder / f"v{version}.csv").exists()]
 
 
 def feed_in(folder: Path) -> DemoFeed:
@@ -166,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         days = [options.first_day + datetime.timedelta(days=number) for number in range(options.days)]
 
     progress = Progress("demo-feed")
-    feed.write_taxonomy(folder / TAXONOMY_FILE)
+    feed.write_taxonomy(folder / TAXONOMY_FOLDER)
     for day in days:
         path = folder / _file_name(day)
         if path.exists():
@@ -181,7 +198,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m ml demo-feed",
         description="Write days of the embedded demo feed (offers-<day>.parquet) and its category tree "
-        "(taxonomy.csv). Days that exist are kept.",
+        f"({TAXONOMY_FOLDER}/v<version>.csv; give the folder {TAXONOMY_FOLDER} as CATALOG_TAXONOMY). "
+        "Days that exist are kept.",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the files")
     parser.add_argument("--days", type=int, default=DAYS, help="days to write (default: %(default)s)")
@@ -229,6 +247,14 @@ def _day(text: str) -> datetime.date:
 
 def _file_name(day: datetime.date) -> str:
     return f"offers-{day.isoformat()}.parquet"
+
+
+def _write_once(path: Path, text: str) -> None:
+    """Write ``text`` in one step, unless it is there already."""
+    content = text.encode()
+    if not path.exists() or path.read_bytes() != content:
+        with _in_one_step(path) as partial:
+            partial.write_bytes(content)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from ml.evaluation.comparison import Comparison
 from ml.evaluation.metrics import Band, Calibration, Scores
 
 if TYPE_CHECKING:
@@ -17,6 +18,10 @@ _INK = "#334155"
 _SIZE_INCHES = (7.0, 4.2)
 _DOTS_PER_INCH = 130
 _MOST_BARS = 12
+_MOST_COMPARISONS = 40
+_BETTER, _WORSE, _EQUAL = "better", "worse", "no difference beyond chance"
+_VERDICT_COLOURS = {_BETTER: "#059669", _WORSE: "#dc2626", _EQUAL: "#64748b"}
+_INCHES_PER_ROW = 0.19
 _LOSS = "loss"
 _CURVE_NAMES = {
     _LOSS: "training loss",
@@ -108,6 +113,48 @@ def segments(scores: Mapping[str, Mapping[str, Scores]], what: str) -> bytes:
     return _bars(f"Quality by {what}", labels, heights, what, "weighted F1")
 
 
+def comparisons(rows: Sequence[Comparison]) -> bytes:
+    """Student minus production with its interval: one line per segment, the overall figure on top.
+
+    Where there are more segments than fit, those are shown whose interval reaches up the least.
+    """
+    shown = sorted(rows, key=lambda row: (row.group != "overall", row.high))[:_MOST_COMPARISONS]
+    shown.sort(key=lambda row: (row.group != "overall", row.group, row.difference, row.segment))
+    title = "Student against the version in production"
+    if len(shown) < len(rows):
+        title += f" ({len(shown)} of {len(rows)} segments, the worst)"
+    canvas = _Canvas(title, height=1.4 + _INCHES_PER_ROW * len(shown))
+    (axes,) = canvas.axes
+    verdicts = [_verdict(row) for row in shown]
+    for verdict in sorted(set(verdicts)):
+        places = [place for place, found in enumerate(verdicts) if found == verdict]
+        of_kind = [shown[place] for place in places]
+        reach = [[r.difference - r.low for r in of_kind], [r.high - r.difference for r in of_kind]]
+        axes.errorbar(
+            [row.difference for row in of_kind],
+            places,
+            xerr=reach,
+            fmt="o",
+            color=_VERDICT_COLOURS[verdict],
+            label=verdict,
+            markersize=4,
+            capsize=2,
+            linewidth=1.2,
+        )
+    axes.axvline(0, color=_INK, linewidth=0.8, linestyle=":")
+    axes.set_yticks(range(len(shown)), [f"{row.title} ({row.offers:,})" for row in shown])
+    axes.tick_params(axis="y", labelsize=7)
+    axes.invert_yaxis()
+    axes.set(xlabel="difference of weighted F1 (all intervals at once: 95 %)")
+    return canvas.png(legend="above")
+
+
+def _verdict(row: Comparison) -> str:
+    if row.high < 0:
+        return _WORSE
+    return _BETTER if row.low > 0 else _EQUAL
+
+
 def _bars(
     title: str, labels: Sequence[str], heights: Mapping[str, Sequence[float]], xlabel: str, ylabel: str
 ) -> bytes:
@@ -127,11 +174,12 @@ def _bars(
 class _Canvas:
     """A figure in the house's style; uses no global state, so that threads may draw at once."""
 
-    def __init__(self, title: str, panels: int = 1) -> None:
+    def __init__(self, title: str, panels: int = 1, height: float | None = None) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        self._figure = Figure(figsize=_SIZE_INCHES, dpi=_DOTS_PER_INCH, layout="constrained")
+        size = (_SIZE_INCHES[0], height or _SIZE_INCHES[1])
+        self._figure = Figure(figsize=size, dpi=_DOTS_PER_INCH, layout="constrained")
         self._agg = FigureCanvasAgg(self._figure)
         self._figure.suptitle(title, color=_INK, fontsize=12)
         self.axes: list[Axes] = list(self._figure.subplots(1, panels, squeeze=False)[0])

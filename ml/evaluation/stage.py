@@ -1,24 +1,29 @@
 """How good the models are, on offers that none of them has seen.
 
 Teacher, student, fast model and the version in production answer the same offers of the evaluation
-set, each with its own labels; a category that a model does not know is a mistake of that model.
+set, each with its own labels; a category that a model does not know is a mistake of that model. The
+version in production may know an older taxonomy only: what it answers counts as the category that most
+of the offers of the older one belong to today.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ml.artifacts import short_version
 from ml.errors import InputError
 from ml.evaluation import plots
+from ml.evaluation.comparison import Comparison, Group
 from ml.evaluation.metrics import (
     Array,
     Band,
@@ -29,6 +34,7 @@ from ml.evaluation.metrics import (
     calibration,
     class_scores,
     paired_bootstrap,
+    paired_segments,
     scores,
     scores_by_level,
     scores_by_segment,
@@ -38,9 +44,12 @@ from ml.learning.encoder import Classifier, use_available_cores
 from ml.learning.fast_model import FastModel
 from ml.offers import TEXT_VERSION
 from ml.runner import StageContext
+from ml.sampling.label_sources import WEAK
 from ml.serving.predictor import Predictor
 from ml.stages import EvaluationParameters
 from ml.taxonomy import Taxonomy
+from ml.taxonomy_change.change import changed_categories
+from ml.taxonomy_change.transitions import Transitions, most_likely_moves
 
 STUDENT, TEACHER, FAST, PRODUCTION = "student", "teacher", "fast", "production"
 
@@ -50,6 +59,7 @@ _TABLE_ROWS = 15
 _LEAST_SUPPORT = 3
 """Categories with fewer evaluation offers are in neither table: their F1 is a matter of luck."""
 _UNKNOWN = "unknown"
+_UNCHANGED = "unchanged"
 
 
 class Model(Protocol):
@@ -95,6 +105,10 @@ class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
     mean_weighted_f1: float
     size_bands: list[Band]
     countries: dict[str, Scores]
+    changes: dict[str, Scores]
+    """By what the last change of the taxonomy did to the true category: unchanged, changed, new."""
+    weak_categories: Scores | None
+    """On categories that only weak labels were trained on; None if there are none or it is not known."""
     calibration: Calibration
     unknown_labels: int
     offers_per_second: float
@@ -109,6 +123,8 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     models: dict[str, ModelReport]
     student_minus: dict[str, Interval]
     """Weighted F1 of the student minus that of each other model, with its interval."""
+    comparisons: list[Comparison]
+    """The student against production, overall and by segment; empty where there is none."""
     best_categories: list[CategoryRow]
     """The student's best categories."""
     worst_categories: list[CategoryRow]
@@ -122,8 +138,9 @@ def evaluate_student(context: StageContext, parameters: EvaluationParameters) ->
     Answers of a model are kept in the checkpoints, so that a killed run starts with the next model.
 
     Returns:
-        Flat figures ``<model>_weighted_f1`` and the like, ``student_share_of_teacher``, and
-        ``student_minus_production`` with ``_low`` and ``_high`` where a version is in production.
+        Flat figures ``<model>_weighted_f1`` and the like, ``student_share_of_teacher``, and where a
+        version is in production ``student_minus_production`` with ``_low`` and ``_high`` and the list
+        ``comparisons`` (see :class:`Comparison`).
 
     Raises:
         InputError: the evaluation set is empty or a model cannot be loaded.
@@ -131,14 +148,15 @@ def evaluate_student(context: StageContext, parameters: EvaluationParameters) ->
     use_available_cores()
     offers = _read_offers(context.input("evaluation_set"))
     taxonomy = Taxonomy.load(context.input("catalog_taxonomy"))
-    training_counts = _training_counts(context.optional_input("training_sample"))
+    trained = _trained(context.optional_input("training_sample"))
     loaders, not_comparable = _loaders(context, parameters)
     truth = _texts_of(offers, "category_id")
+    changes = _changes(context.optional_input("taxonomy_change"), truth)
     texts = [str(text) for text in offers["text"].to_pylist()]
 
     answers = {name: _answers(context, name, load, texts, truth) for name, load in loaders.items()}
     reports = {
-        name: _report(answer, offers, truth, taxonomy, training_counts) for name, answer in answers.items()
+        name: _report(answer, offers, truth, taxonomy, changes, trained) for name, answer in answers.items()
     }
     clusters = _texts_of(offers, "product_id", "gtin", "text")
     best, worst = _best_and_worst(truth, answers[STUDENT].category_ids, taxonomy)
@@ -159,6 +177,7 @@ def evaluate_student(context: StageContext, parameters: EvaluationParameters) ->
             for name, answer in answers.items()
             if name != STUDENT
         },
+        comparisons=_comparisons(answers, offers, truth, taxonomy, changes, clusters, parameters),
         best_categories=best,
         worst_categories=worst,
         production_not_comparable=not_comparable,
@@ -192,7 +211,10 @@ def flat_metrics(evaluation: Evaluation) -> dict[str, Any]:
             f"{name}_mean_confidence": report.calibration.mean_confidence,
             f"{name}_offers_per_second": report.offers_per_second,
             f"{name}_unknown_labels": report.unknown_labels,
+            **{f"{name}_weighted_f1_{change}": part.weighted_f1 for change, part in report.changes.items()},
         }
+        if report.weak_categories:
+            metrics[f"{name}_weighted_f1_weak_categories"] = report.weak_categories.weighted_f1
     for name, interval in evaluation.student_minus.items():
         metrics |= {
             f"student_minus_{name}": interval.difference,
@@ -203,7 +225,15 @@ def flat_metrics(evaluation: Evaluation) -> dict[str, Any]:
     metrics["student_share_of_teacher"] = metrics["student_weighted_f1"] / teacher_f1 if teacher_f1 else 0.0
     if evaluation.production_not_comparable:
         metrics["production_not_comparable"] = evaluation.production_not_comparable
-    return {name: round(value, 6) if isinstance(value, float) else value for name, value in metrics.items()}
+    if PRODUCTION in evaluation.student_minus:
+        metrics["comparisons"] = [
+            _rounded(msgspec.to_builtins(comparison)) for comparison in evaluation.comparisons
+        ]
+    return _rounded(metrics)
+
+
+def _rounded(figures: dict[str, Any]) -> dict[str, Any]:
+    return {name: round(value, 6) if isinstance(value, float) else value for name, value in figures.items()}
 
 
 def _read_offers(evaluation_set: Path) -> pa.Table:
@@ -217,18 +247,104 @@ def _read_offers(evaluation_set: Path) -> pa.Table:
     return offers
 
 
-def _training_counts(training_sample: Path | None) -> dict[str, int] | None:
-    """Labelled training offers of each category, if the sample is at hand."""
+class _Trained(msgspec.Struct, frozen=True):
+    """What the models learned from."""
+
+    offers: dict[str, int]
+    """Training offers of each category."""
+    weak_only: list[str]
+    """Categories all of whose training offers have weak labels."""
+
+
+def _trained(training_sample: Path | None) -> _Trained | None:
+    """Training offers by category, if the sample is at hand."""
     if training_sample is None:
         return None
-    sample = pq.read_table(training_sample / "labelled.parquet", columns=["category_id", "split"])
-    return Counter(
-        str(category)
-        for category, split in zip(
-            sample["category_id"].to_pylist(), sample["split"].to_pylist(), strict=True
-        )
-        if split == "train"
+    sample = pq.read_table(
+        training_sample / "labelled.parquet",
+        columns=["category_id", "label_source"],
+        filters=[("split", "==", "train")],
     )
+    rows = Counter(zip(sample["category_id"].to_pylist(), sample["label_source"].to_pylist(), strict=True))
+    offers: Counter[str] = Counter()
+    for (category, _), count in rows.items():
+        offers[str(category)] += count
+    weak_only = [name for name, count in offers.items() if rows[name, WEAK] == count]
+    return _Trained(offers=offers, weak_only=weak_only)
+
+
+def _changes(taxonomy_change: Path | None, truth: Array) -> Array | None:
+    """What the last change of the taxonomy did to each offer's category, (n,); None if that is unknown."""
+    if taxonomy_change is None:
+        return None
+    changed: Mapping[str, str] = changed_categories(taxonomy_change)
+    return np.array([changed.get(category, _UNCHANGED) for category in truth.tolist()], dtype=str)
+
+
+def _comparisons(
+    answers: Mapping[str, Answers],
+    offers: pa.Table,
+    truth: Array,
+    taxonomy: Taxonomy,
+    changes: Array | None,
+    clusters: Array,
+    parameters: EvaluationParameters,
+) -> list[Comparison]:
+    """The student against production on all offers and on every segment that has enough of them.
+
+    A segment that holds all offers is left out: it would say again what the overall comparison says.
+    """
+    if PRODUCTION not in answers:
+        return []
+    segments: dict[tuple[Group, str], npt.NDArray[np.bool_]] = {
+        ("overall", "all offers"): np.ones(len(truth), dtype=bool)
+    }
+    names: dict[Group, Array] = {
+        "country": _texts_of(offers, "country"),
+        "top_level": _top_levels(truth, taxonomy),
+    }
+    if changes is not None:
+        names["change"] = changes
+    for group, of_offers in names.items():
+        for name in np.unique(of_offers).tolist():
+            inside = of_offers == name
+            if parameters.min_segment_offers <= inside.sum() < len(truth):
+                segments[group, name] = inside
+    intervals = paired_segments(
+        truth,
+        answers[STUDENT].category_ids,
+        answers[PRODUCTION].category_ids,
+        list(segments.values()),
+        clusters=clusters,
+        resamples=parameters.bootstrap,
+        seed=parameters.seed,
+    )
+    return [
+        Comparison(
+            group=group,
+            segment=segment,
+            offers=int(inside.sum()),
+            difference=interval.difference,
+            low=interval.low,
+            high=interval.high,
+        )
+        for ((group, segment), inside), interval in zip(segments.items(), intervals, strict=True)
+    ]
+
+
+def _top_levels(truth: Array, taxonomy: Taxonomy) -> Array:
+    """Name of the root above each category, (n,); with its id where roots share a name."""
+    shared = Counter(taxonomy.name(root) for root in taxonomy.roots)
+
+    def name(category_id: str) -> str:
+        root = taxonomy.ancestor_at(category_id, 1)
+        if root not in taxonomy:
+            return root
+        return taxonomy.name(root) if shared[taxonomy.name(root)] == 1 else f"{taxonomy.name(root)} ({root})"
+
+    ids, codes = np.unique(truth, return_inverse=True)
+    names: Array = np.array([name(str(category_id)) for category_id in ids])[codes]
+    return names
 
 
 def _loaders(
@@ -247,14 +363,37 @@ def _loaders(
     production = context.optional_input("production_model")
     if production is None:
         return loaders, None
-    version = msgspec.json.decode((production / "model.json").read_bytes()).get("text_version")
+    facts = msgspec.json.decode((production / "model.json").read_bytes())
+    version = facts.get("text_version")
     if version != TEXT_VERSION:
         # Not an error here: the version in production stays as it is, and whether a release may
         # go ahead without the comparison is for the gate to say.
         reason = f"it reads offer text version {version}, this version makes {TEXT_VERSION}"
         context.progress.say(f"the version in production is left out: {reason}")
         return loaders, reason
-    return loaders | {PRODUCTION: lambda: Predictor.load(production)}, None
+    moves = _moves_since(facts.get("taxonomy_version", ""), context.optional_input("taxonomy_change"))
+    return loaders | {PRODUCTION: lambda: _Moved(Predictor.load(production), moves)}, None
+
+
+def _moves_since(taxonomy_version: str, taxonomy_change: Path | None) -> dict[str, str]:
+    """Where categories of an earlier taxonomy belong today, the likeliest place for each."""
+    if taxonomy_change is None:
+        return {}
+    transitions = Transitions.read(taxonomy_change)
+    # A model knows the short form of the digest; an unknown one counts as older than all.
+    digest = next((d for d in transitions.history if short_version(d) == taxonomy_version), taxonomy_version)
+    return most_likely_moves(transitions.for_labels_of(digest).values())
+
+
+class _Moved:
+    """A model of an earlier taxonomy whose answers are categories of today's."""
+
+    def __init__(self, model: Model, moves: Mapping[str, str]) -> None:
+        self._model = model
+        self.labels: list[str] = [moves.get(label, label) for label in model.labels]
+
+    def predict_probabilities(self, texts: Sequence[str]) -> np.ndarray[Any, Any]:
+        return self._model.predict_probabilities(texts)
 
 
 class _Batched:
@@ -311,16 +450,20 @@ def _report(
     offers: pa.Table,
     truth: Array,
     taxonomy: Taxonomy,
-    training_counts: dict[str, int] | None,
+    changes: Array | None,
+    trained: _Trained | None,
 ) -> ModelReport:
     predicted = answers.category_ids
+    weak = np.isin(truth, np.array(trained.weak_only if trained else [], dtype=str))
     levels = scores_by_level(truth, predicted, taxonomy.ancestor_at, taxonomy.levels)
     return ModelReport(
         overall=scores(truth, predicted),
         levels=levels,
         mean_weighted_f1=float(np.mean([level.weighted_f1 for level in levels])),
-        size_bands=[] if training_counts is None else scores_by_size(truth, predicted, training_counts),
+        size_bands=scores_by_size(truth, predicted, trained.offers) if trained else [],
         countries=scores_by_segment(truth, predicted, _texts_of(offers, "country")),
+        changes={} if changes is None else scores_by_segment(truth, predicted, changes),
+        weak_categories=scores(truth[weak], predicted[weak]) if weak.any() else None,
         calibration=calibration(answers.confidence, predicted == truth),
         unknown_labels=answers.unknown_labels,
         offers_per_second=len(truth) / max(answers.seconds, 1e-9),
@@ -377,6 +520,8 @@ def _write(
     }
     if any(report.size_bands for report in reports.values()):
         pictures["size_bands"] = plots.size_bands({name: r.size_bands for name, r in reports.items()})
+    if evaluation.comparisons:
+        pictures["comparisons"] = plots.comparisons(evaluation.comparisons)
     if curves := _learning_curves(context):
         pictures["learning_curves"] = plots.learning_curves(curves)
     for name, content in pictures.items():

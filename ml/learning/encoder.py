@@ -37,7 +37,7 @@ POOLING = "mean"
 _WIDTH_MULTIPLE = 8
 """Batches are padded to a multiple of this: few different shapes, and what bf16 kernels want."""
 
-_INITIAL_SCALE = 20.0
+INITIAL_SCALE = 20.0
 """Length of the rows of a fresh output layer; logits start as this times a cosine similarity."""
 
 
@@ -120,12 +120,10 @@ class Classifier(nn.Module):
         with encoder_folder(choice, digest) as folder:
             encoder = load_encoder(folder)
             tokenizer, tokenizer_files = load_tokenizer(folder)
-        if settings.max_tokens > (limit := _position_limit(encoder.config)):
-            raise InputError(
-                f"max_tokens {settings.max_tokens}: encoder {choice} takes at most {limit}; lower max_tokens"
-            )
         head = nn.Linear(encoder.config.hidden_size, len(labels))
-        return cls(encoder, head, tokenizer, labels, settings, tokenizer_files)
+        classifier = cls(encoder, head, tokenizer, labels, settings, tokenizer_files)
+        classifier.check_max_tokens(settings.max_tokens)
+        return classifier
 
     @classmethod
     def load(cls, folder: Path) -> Classifier:
@@ -211,6 +209,17 @@ class Classifier(nn.Module):
         self.tokenizer.enable_truncation(self.settings.max_tokens)
         return self
 
+    def with_head(self, head: nn.Linear, labels: Sequence[str]) -> Classifier:
+        """This classifier, in place, with another output layer; row ``i`` belongs to ``labels[i]``."""
+        self.head = head
+        self.labels = list(labels)
+        return self
+
+    def check_max_tokens(self, max_tokens: int) -> None:
+        """Raises :class:`InputError` if the encoder cannot take that many tokens."""
+        if max_tokens > (limit := _position_limit(self.encoder.config)):
+            raise InputError(f"max_tokens {max_tokens}: the encoder takes at most {limit}; lower max_tokens")
+
     def tokenize(self, texts: Sequence[str]) -> TokenizedTexts:
         """Token ids of ``texts``, with instruction and special tokens, cut to ``max_tokens``."""
         prompts = [self.settings.instruction + text for text in texts]
@@ -262,14 +271,30 @@ class Classifier(nn.Module):
             categories: Category id of each text, (n,); all in ``labels``.
             category_names: Name or path of each label, (classes,).
         """
-        row_of = {label: row for row, label in enumerate(self.labels)}
-        rows = np.fromiter((row_of[category] for category in categories), np.int64, count=len(categories))
-        centroids = self.predict_embeddings(category_names)
-        np.add.at(centroids, rows, self.predict_embeddings(texts))
-        centroids *= _INITIAL_SCALE / np.linalg.norm(centroids, axis=1, keepdims=True).clip(min=1e-12)
+        centroids = self.category_sums(self.predict_embeddings(texts), categories, category_names)
+        centroids *= INITIAL_SCALE / np.linalg.norm(centroids, axis=1, keepdims=True).clip(min=1e-12)
         with torch.no_grad():
             self.head.weight.copy_(torch.from_numpy(centroids))
             self.head.bias.zero_()
+
+    def category_sums(
+        self,
+        embeddings: NDArray[np.float32],
+        categories: Sequence[str],
+        category_names: Sequence[str],
+    ) -> NDArray[np.float32]:
+        """Sum of the text vectors of each label and of its name's, float32 (classes, hidden).
+
+        Args:
+            embeddings: Text vectors, (n, hidden).
+            categories: Category id of each text, (n,); all in ``labels``.
+            category_names: Name or path of each label, (classes,).
+        """
+        row_of = {label: row for row, label in enumerate(self.labels)}
+        rows = np.fromiter((row_of[category] for category in categories), np.int64, count=len(categories))
+        sums = self.predict_embeddings(category_names)
+        np.add.at(sums, rows, embeddings)
+        return sums
 
     def keep_layers(self, count: int) -> Classifier:
         """A copy with ``count`` transformer layers, spread evenly from the first to the last.

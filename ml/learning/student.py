@@ -25,6 +25,7 @@ from ml.learning.encoder_files import TEACHER
 from ml.learning.labelling import TeacherLabels, check_same_offers, read_teacher_labels
 from ml.learning.training import TrainingArguments, learning_curve_json, train, training_metrics
 from ml.learning.training_data import LabelledTexts, read_labelled, read_unlabelled, strings
+from ml.learning.warm_start import warm_start, warm_start_metrics
 from ml.runner import StageContext
 from ml.stages import StudentParameters
 from ml.taxonomy import Taxonomy
@@ -59,7 +60,8 @@ def train_student(context: StageContext, parameters: StudentParameters) -> dict[
     validation = read_labelled(sample, "validation")
     teacher = Classifier.load(context.input("teacher_checkpoint"))
     labels, device = teacher.labels, best_device()
-    model = _untrained_student(teacher, parameters).with_settings(
+    started = warm_start(context, "student_checkpoint", parameters, _instruction(teacher, parameters), labels)
+    model = (started.model if started else _untrained_student(teacher, parameters)).with_settings(
         taxonomy_version=short_version(read_manifest(taxonomy_folder).digest),
         max_tokens=parameters.max_tokens,
         temperature=1.0,
@@ -74,10 +76,10 @@ def train_student(context: StageContext, parameters: StudentParameters) -> dict[
     loss = DistillationLoss(data, parameters.temperature, parameters.label_weight, device)
 
     def initialise() -> None:
-        if parameters.encoder != TEACHER:
-            context.progress.say("initialising the output layer from category centroids")
+        if started or parameters.encoder != TEACHER:
+            context.progress.say("initialising the output layer")
             names = [taxonomy.path(label) for label in labels]
-            model.initialise_head(data.labelled.texts, data.labelled.categories, names)
+            (started or model).initialise_head(data.labelled.texts, data.labelled.categories, names)
 
     def validate() -> dict[str, float]:
         return _figures(model.predict_logits(validation.texts), labels, validation.categories, data)
@@ -101,6 +103,7 @@ def train_student(context: StageContext, parameters: StudentParameters) -> dict[
     shutil.copyfile(taxonomy_folder / "taxonomy.parquet", context.output / "taxonomy.parquet")
     return {
         **training_metrics(model, state, texts, parameters.epochs),
+        **warm_start_metrics(started, labels),
         "labelled_rows": int((data.targets >= 0).sum()),
         "unlabelled_rows": int((data.targets < 0).sum()),
         **{f"validation_{name}": round(value, 6) for name, value in figures.items()},
@@ -150,11 +153,20 @@ def _untrained_student(teacher: Classifier, parameters: StudentParameters) -> Cl
             student.head.weight /= teacher.settings.temperature
             student.head.bias /= teacher.settings.temperature
         return student
-    settings = msgspec.structs.replace(teacher.settings, instruction="", max_tokens=parameters.max_tokens)
+    settings = msgspec.structs.replace(
+        teacher.settings,
+        instruction=_instruction(teacher, parameters),
+        max_tokens=parameters.max_tokens,
+    )
     original = Classifier.from_encoder(
         parameters.encoder, teacher.labels, settings, digest=parameters.encoder_digest
     )
     return original.keep_layers(parameters.layers)
+
+
+def _instruction(teacher: Classifier, parameters: StudentParameters) -> str:
+    """A part of the teacher reads what the teacher read."""
+    return teacher.settings.instruction if parameters.encoder == TEACHER else ""
 
 
 def _distillation_set(context: StageContext, labels: list[str]) -> DistillationSet:

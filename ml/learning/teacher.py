@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from ml.learning.calibration import fit_temperature, targets_of, validation_figu
 from ml.learning.encoder import Classifier, ClassifierSettings, best_device, use_available_cores
 from ml.learning.training import TrainingArguments, learning_curve_json, train, training_metrics
 from ml.learning.training_data import read_labelled
+from ml.learning.warm_start import warm_start, warm_start_metrics
 from ml.offers import TEXT_VERSION
 from ml.runner import StageContext
 from ml.stages import TeacherParameters
@@ -45,9 +47,14 @@ def train_teacher(context: StageContext, parameters: TeacherParameters) -> dict[
         max_tokens=parameters.max_tokens,
         instruction=parameters.instruction,
     )
-    model = Classifier.from_encoder(
-        parameters.encoder, labels, settings, digest=parameters.encoder_digest
-    ).to(best_device())
+    started = warm_start(context, "teacher_checkpoint", parameters, parameters.instruction, labels)
+    model = (
+        started.model.with_settings(**msgspec.structs.asdict(settings))
+        if started
+        else Classifier.from_encoder(
+            parameters.encoder, labels, settings, digest=parameters.encoder_digest
+        ).to(best_device())
+    )
     context.progress.say(
         f"{model.parameter_count / 1e6:.1f} M parameters, {len(training.texts):,} offers to learn from, "
         f"{len(validation.texts):,} to validate on, {len(labels):,} categories"
@@ -56,9 +63,9 @@ def train_teacher(context: StageContext, parameters: TeacherParameters) -> dict[
     targets = torch.from_numpy(targets_of(labels, training.categories)).to(model.device)
 
     def initialise() -> None:
-        context.progress.say("initialising the output layer from category centroids")
+        context.progress.say("initialising the output layer")
         names = [taxonomy.path(label) for label in labels]
-        model.initialise_head(training.texts, training.categories, names)
+        (started or model).initialise_head(training.texts, training.categories, names)
 
     texts = model.tokenize(training.texts)
     state = train(
@@ -81,6 +88,7 @@ def train_teacher(context: StageContext, parameters: TeacherParameters) -> dict[
     shutil.copyfile(taxonomy_folder / "taxonomy.parquet", context.output / "taxonomy.parquet")
     return {
         **training_metrics(model, state, texts, parameters.epochs),
+        **warm_start_metrics(started, labels),
         **{f"validation_{name}": round(value, 6) for name, value in figures.items()},
         "validation_rows": len(validation.texts),
         "temperature": round(temperature, 4),

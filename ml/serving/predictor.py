@@ -29,6 +29,7 @@ from tokenizers import Tokenizer
 from ml.artifacts import short_version, verify
 from ml.errors import InputError
 from ml.offers import check_text_version, offer_text
+from ml.stages import SERVABLE
 from ml.taxonomy import Taxonomy
 
 MODEL_FILE = "model.onnx"
@@ -178,7 +179,7 @@ class Predictor:
                 another target or offer text version.
         """
         folder = Path(folder)
-        manifest = verify(folder, kind="compiled_student")
+        manifest = verify(folder, kinds=SERVABLE)
         taxonomy = Taxonomy.load(folder / TAXONOMY_FILE)
         return cls(CompiledModel(folder, threads), taxonomy, short_version(manifest.digest))
 

@@ -26,6 +26,7 @@ from ml.artifacts import read_manifest
 from ml.cores import available_cores
 from ml.errors import InputError
 from ml.serving.workers import single_thread_environment
+from ml.stages import SERVABLE
 
 DEFAULT_MODEL = "/opt/ml/model"
 DEFAULT_PORT = 8080
@@ -73,8 +74,9 @@ def main(arguments: Sequence[str]) -> None:
     """
     options = _options(arguments)
     manifest = read_manifest(Path(options.model))
-    if manifest.kind != "compiled_student":
-        raise InputError(f"--model {options.model} is a {manifest.kind}, expected a compiled_student")
+    if manifest.kind not in SERVABLE:
+        expected = " or a ".join(SERVABLE)
+        raise InputError(f"--model {options.model} is a {manifest.kind}, expected a {expected}")
     # Bound but not listening: holds the number for the workers without taking a connection.
     with bound_socket(options.host, options.port) as placeholder:
         _Supervisor(options, placeholder.getsockname()[1]).run()

@@ -13,7 +13,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,8 +30,12 @@ SMALL = {
     "OFFER_ASSETS_STUDENT_LAYERS": "3",
     "OFFER_ASSETS_MAX_TOKENS": "32",
     "OFFER_ASSETS_ENDPOINT_WORKERS": "1",
+    "OFFER_ASSETS_TAXONOMY_SETTLE_SECONDS": "2",
 }
 DEADLINE_SECONDS = 540
+
+
+DAEMONS = "{ instance { daemonHealth { allDaemonStatuses { daemonType healthy required } } } }"
 
 
 def free_port() -> int:
@@ -67,6 +73,68 @@ def wait_for(condition, what: str, seconds: float = 120.0):
             return value
         time.sleep(0.1)
     raise AssertionError(f"{what} did not happen within {seconds:.0f} s")
+
+
+class Ui:
+    """The webserver's GraphQL."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def query(self, text: str, **variables: str) -> dict[str, Any]:
+        answer = httpx.post(
+            f"{self.url}/graphql", json={"query": text, "variables": variables}, timeout=60
+        ).json()
+        assert not answer.get("errors"), answer
+        return answer["data"]
+
+    def daemons_are_healthy(self) -> bool:
+        try:
+            statuses = self.query(DAEMONS)["instance"]["daemonHealth"]["allDaemonStatuses"]
+        except httpx.TransportError:
+            return False
+        required = [status["healthy"] for status in statuses if status["required"]]
+        return bool(required) and all(required)
+
+
+@dataclass
+class Dev:
+    """A ``dagster dev`` with all its processes."""
+
+    ui: Ui
+    process: subprocess.Popen[bytes]
+
+    def kill(self) -> None:
+        """Webserver, daemon, code server and every run: gone at once."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@contextlib.contextmanager
+def running_dev(env: dict[str, str], log: Path) -> Iterator[Dev]:
+    """``make dev`` with healthy daemons."""
+    port = free_port()
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "offer_assets", "dev", "--port", str(port)],
+            cwd=ROOT,
+            env=env,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    dev = Dev(Ui(f"http://127.0.0.1:{port}"), process)
+    try:
+        wait_for(lambda: process.poll() is not None or dev.ui.daemons_are_healthy(), "healthy daemons", 180)
+        assert process.poll() is None, log.read_text()[-4000:]
+        yield dev
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+        dev.kill()
 
 
 @dataclass

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from tests.conftest import system_program
 
-from .conftest import ROOT, Answer, Demo, free_port, wait_for
+from .conftest import ROOT, Answer, Demo, Ui, running_dev, wait_for
 
 pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.timeout(1500)]
 
-DAEMONS = "{ instance { daemonHealth { allDaemonStatuses { daemonType healthy required } } } }"
 LOCATION = 'repositoryLocationName: "offer_assets", repositoryName: "__repository__"'
 LAUNCH = """
 mutation ($job: String!, $partition: String!) {
@@ -60,54 +56,10 @@ print([e.step_failure_data.user_failure_data.description for e in result.all_eve
 """
 
 
-class Ui:
-    """The webserver's GraphQL."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-
-    def query(self, text: str, **variables: str) -> dict[str, Any]:
-        answer = httpx.post(
-            f"{self.url}/graphql", json={"query": text, "variables": variables}, timeout=60
-        ).json()
-        assert not answer.get("errors"), answer
-        return answer["data"]
-
-    def daemons_are_healthy(self) -> bool:
-        try:
-            statuses = self.query(DAEMONS)["instance"]["daemonHealth"]["allDaemonStatuses"]
-        except httpx.TransportError:
-            return False
-        required = [status["healthy"] for status in statuses if status["required"]]
-        return bool(required) and all(required)
-
-
 @pytest.fixture(scope="module")
 def ui(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ui]:
-    port = free_port()
-    log = tmp_path_factory.mktemp("dev") / "dev.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "offer_assets", "dev", "--port", str(port)],
-            cwd=ROOT,
-            env=demo.env,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    ui = Ui(f"http://127.0.0.1:{port}")
-    try:
-        wait_for(lambda: process.poll() is not None or ui.daemons_are_healthy(), "healthy daemons", 180)
-        assert process.poll() is None, log.read_text()[-4000:]
-        yield ui
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(30)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    with running_dev(demo.env, tmp_path_factory.mktemp("dev") / "dev.log") as dev:
+        yield dev.ui
 
 
 def finished(ui: Ui, run_id: str) -> str | None:
@@ -138,9 +90,10 @@ def test_checks_show_their_numbers(ui: Ui) -> None:
 
 def test_the_sensor_is_running_and_says_what_it_did(ui: Ui) -> None:
     def ticks() -> list[dict[str, Any]]:
-        (sensor,) = ui.query(SENSORS)["sensorsOrError"]["results"]
-        assert sensor["name"] == "new_offers"
-        assert sensor["sensorState"]["status"] == "RUNNING"
+        sensors = {s["name"]: s for s in ui.query(SENSORS)["sensorsOrError"]["results"]}
+        assert set(sensors) == {"new_offers", "taxonomy_changed", "decided_versions"}
+        assert {s["sensorState"]["status"] for s in sensors.values()} == {"RUNNING"}
+        sensor = sensors["new_offers"]
         return [tick for tick in sensor["sensorState"]["ticks"] if tick["status"] in {"SUCCESS", "SKIPPED"}]
 
     tick = wait_for(ticks, "a tick of the sensor", 120)[0]

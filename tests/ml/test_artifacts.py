@@ -72,7 +72,7 @@ def test_a_manifest_that_lists_other_files_contradicts_its_digest(tmp_path: Path
 def test_kind_and_digest_are_held_against_what_is_expected(tmp_path: Path) -> None:
     folder = seal(tmp_path / "a", data="x")
     with pytest.raises(InputError, match="is a table, expected a model"):
-        verify(folder, kind="model")
+        verify(folder, kinds=["model"])
     with pytest.raises(InputError, match="expected 0000"):
         verify(folder, digest="0000")
 

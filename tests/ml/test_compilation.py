@@ -30,7 +30,7 @@ def test_the_compiled_student_agrees_with_the_original_and_is_a_quarter_of_its_s
 
 
 def test_the_compiled_student_is_a_complete_artifact(compiled_student):
-    assert set(verify(compiled_student, kind="compiled_student").files) == {
+    assert set(verify(compiled_student, kinds=["compiled_student"]).files) == {
         "labels.json",
         "model.json",
         "model.onnx",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import datetime
 from collections import Counter
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from ml.__main__ import main as ml_main
 from ml.demo import offers as demo_offers
-from ml.demo.catalog import Category, categories, kinds
+from ml.demo.catalog import Category, categories, kinds, mapping_csv
 from ml.demo.dirt import DIRT, HUGE_TITLE_BYTES
 from ml.demo.feed import DemoFeed, days_in, feed_in, main
 from ml.demo.products import KindTables
@@ -18,6 +19,7 @@ from ml.demo.words import BAD_DATES, BAD_PRICES, CONTROL_CHARACTERS, COUNTRIES, 
 from ml.errors import InputError
 from ml.offers import FEED_COLUMNS
 from ml.taxonomy import Taxonomy
+from ml.taxonomy_change.releases import list_releases, read_release
 from resources.settings import Settings
 
 DAY = datetime.date(2026, 11, 1)
@@ -107,7 +109,7 @@ def test_the_taxonomy_has_three_levels_and_more_than_300_leaves_named_in_every_l
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_each_taxonomy_version_is_a_valid_tree_with_all_labels(tmp_path: Path, version: int) -> None:
-    taxonomy = Taxonomy.read_csv(str(DemoFeed().write_taxonomy(tmp_path / "taxonomy.csv", version)))
+    taxonomy = Taxonomy.read_csv(DemoFeed().write_taxonomy(tmp_path, version))
 
     labels = {kind.labels[version - 1] for kind in kinds()} - {None}
     assert labels == set(taxonomy.leaves)
@@ -288,12 +290,12 @@ def test_on_a_drifted_day_prices_are_higher_and_words_are_new(
 
 def test_the_command_writes_a_taxonomy_and_days_and_keeps_those_that_exist(tmp_path: Path) -> None:
     main(["--output", str(tmp_path), "--days", "2", "--offers-per-day", "200"])
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     main(["--output", str(tmp_path), "--days", "3", "--offers-per-day", "200"])
 
     assert days_in(tmp_path) == [DAY, NEXT_DAY, datetime.date(2026, 11, 3)]
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert (tmp_path / "taxonomy.csv") in before
+    assert (tmp_path / "taxonomy" / "v1.csv") in before
 
 
 def test_next_day_continues_the_feed_with_its_own_settings(tmp_path: Path) -> None:
@@ -308,7 +310,31 @@ def test_next_day_continues_the_feed_with_its_own_settings(tmp_path: Path) -> No
     assert second.equals(pa.concat_tables(DemoFeed(seed=5, offers_per_day=250).chunks(NEXT_DAY)))
     assert "IT" in second["country"].to_pylist()
     assert "IT" not in third["country"].to_pylist()
-    assert len(Taxonomy.read_csv(str(tmp_path / "taxonomy.csv")).ids) == len(categories(2))
+    newest = list_releases(str(tmp_path / "taxonomy"))[-1]
+    taxonomy, mapping = read_release(newest.files, newest.source)
+    assert newest.name == "v2"
+    assert len(taxonomy) == len(categories(2))
+    assert mapping
+
+
+def test_the_official_mapping_says_where_offers_of_merged_and_split_categories_are() -> None:
+    header, *rows = csv.reader(mapping_csv(2).splitlines())
+    leads_to: dict[str, set[str]] = {}
+    for former_id, current_id in rows:
+        leads_to.setdefault(former_id, set()).add(current_id)
+    before, after = ({node.category_id for node in categories(version)} for version in (1, 2))
+    removed = before - after - leads_to.keys()
+
+    assert header == ["from_id", "to_id"]
+    assert leads_to.keys() <= before
+    assert set.union(*leads_to.values()) <= after
+    assert mapping_csv(1) == ""
+    # The labels that the offers of both versions carry agree with it.
+    for former, current in leads_to.items():
+        assert {kind.labels[1] for kind in kinds() if kind.labels[0] == former} == current
+    for kind in kinds():
+        old, new = kind.labels
+        assert new in leads_to.get(old or "", {old}) or (new is None and old in removed)
 
 
 def test_only_the_last_day_drifts(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,15 +16,26 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, BertModel
 
 import ml.evaluation.stage
+from ml.artifacts import short_version
 from ml.errors import InputError
-from ml.evaluation.gate import GateLimits, student_is_close_to_teacher, student_is_not_worse_than_production
+from ml.evaluation.comparison import Comparison
+from ml.evaluation.gate import (
+    GateLimits,
+    no_segment_is_worse_than_production,
+    student_is_close_to_teacher,
+    student_is_not_worse_than_production,
+)
+from ml.evaluation.plots import comparisons
 from ml.evaluation.stage import evaluate_student
 from ml.learning.encoder import Classifier, ClassifierSettings
 from ml.offers import CLEAN_SCHEMA, TEXT_VERSION
 from ml.progress import Progress
 from ml.runner import StageContext
 from ml.stages import EvaluationParameters
-from ml.taxonomy import Taxonomy
+from ml.taxonomy import Category, Taxonomy
+from ml.taxonomy_change.change import CHANGE_FILE, TaxonomyChange
+from ml.taxonomy_change.diff import TaxonomyDiff
+from ml.taxonomy_change.transitions import Successor, Transition, Transitions
 
 PARENTS = {"home": "", "lamp": "home", "sofa": "home", "garden": "", "hose": "garden", "gift": ""}
 LABELS = ["gift", "hose", "lamp", "sofa"]
@@ -99,6 +111,7 @@ class Bench:
         return metrics, json.loads((output / "evaluation.json").read_text()), output
 
 
+OLD, NEW = "0" * 64, "1" * 64
 TRUTH = ["lamp"] * 30 + ["sofa"] * 20 + ["hose"] * 8 + ["gift"] * 2
 STUDENT = ["lamp"] * 28 + ["sofa"] * 2 + ["sofa"] * 20 + ["lamp"] * 4 + ["hose"] * 4 + ["gift", "sofa"]
 TEACHER = ["lamp"] * 29 + ["sofa"] * 21 + ["hose"] * 8 + ["gift"] * 2
@@ -120,7 +133,43 @@ def bench(tmp_path, monkeypatch):
 
 def add_production(bench, predicted, labels=LABELS, text_version=TEXT_VERSION):
     folder = bench.model("production_model", predicted, labels)
-    (folder / "model.json").write_text(json.dumps({"text_version": text_version}))
+    facts = {"text_version": text_version, "taxonomy_version": short_version(OLD)}
+    (folder / "model.json").write_text(json.dumps(facts))
+
+
+def transition(former, *to, since=NEW):
+    return Transition(
+        from_id=former,
+        from_name=former,
+        from_path=former,
+        kind="replaced" if len(to) == 1 else "split",
+        to=[Successor(category_id=name, share=share) for name, share in to],
+        origin="inferred",
+        confidence=0.9,
+        certain=len(to) == 1,
+        since=since,
+        reason="",
+        lives_on=any(name == former for name, _ in to),
+    )
+
+
+def add_change(bench, added=(), transitions=(), earlier=()):
+    """The last step of the taxonomy: ``added`` ids, its transitions, and those of steps before it."""
+    folder = bench.add("taxonomy_change")
+    Transitions(history=[OLD, NEW], transitions=[*earlier, *transitions]).write(folder)
+    diff = TaxonomyDiff.between(
+        Taxonomy([Category(c, PARENTS[c] or None, c.title()) for c in PARENTS if c not in added]),
+        Taxonomy([Category(c, parent or None, c.title()) for c, parent in PARENTS.items()]),
+    )
+    change = TaxonomyChange(
+        from_version=short_version(OLD),
+        to_version=short_version(NEW),
+        diff=diff,
+        transitions=list(transitions),
+        impact=[],
+        few_labelled=[],
+    )
+    (folder / CHANGE_FILE).write_bytes(msgspec.json.encode(change))
 
 
 def test_the_flat_figures_are_those_of_scikit_learn(bench):
@@ -184,6 +233,7 @@ def test_pictures_are_written_with_bands_and_curves_where_there_is_something_to_
     assert {path.name for path in bench.run()[2].glob("*.png")} == {"reliability.png", "countries.png"}
     sample = bench.add("training_sample")
     labelled = {"category_id": ["lamp"] * 150 + ["sofa"] * 20 + ["gift"], "split": ["train"] * 171}
+    labelled["label_source"] = ["human"] * 171
     pq.write_table(pa.table(labelled), sample / "labelled.parquet")
     curve = [{"step": 10 * n, "epoch": n, "loss": 3 / n, "validation_loss": 2 / n} for n in (1, 2, 3)]
     (bench.inputs["student_checkpoint"] / "learning_curve.json").write_text(json.dumps(curve))
@@ -219,6 +269,108 @@ def test_a_category_that_production_does_not_know_or_that_is_gone_counts_as_a_mi
     assert metrics["production_unknown_labels"] == 8
     assert metrics["production_accuracy"] == pytest.approx(52 / 60, abs=1e-6)
     assert metrics["student_unknown_labels"] == 0
+
+
+def test_answers_of_an_older_taxonomy_count_as_where_they_most_likely_belong_today(bench):
+    names = {"lamp": "light", "sofa": "sofa", "hose": "outdoor", "gift": "gift"}
+    add_production(bench, [names[c] for c in TEACHER], labels=["gift", "light", "outdoor", "sofa"])
+    add_change(
+        bench,
+        transitions=[
+            transition("light", ("lamp", 1.0)),
+            transition("outdoor", ("hose", 0.7), ("gift", 0.3)),
+            transition("sofa", ("lamp", 0.6), ("sofa", 0.4), since=OLD),  # from before production was trained
+        ],
+    )
+    metrics, _, output = bench.run()
+    assert pq.read_table(output / "predictions.parquet")["production_category_id"].to_pylist() == TEACHER
+    assert metrics["production_weighted_f1"] == metrics["teacher_weighted_f1"]
+    assert metrics["production_unknown_labels"] == 0
+
+
+def test_quality_is_told_apart_by_what_the_change_did_to_the_category(bench):
+    add_production(bench, ["sofa" if c == "hose" else c for c in TRUTH], labels=["gift", "lamp", "sofa"])
+    add_change(bench, added=["hose"], transitions=[transition("present", ("gift", 1.0))])
+    metrics, evaluation, _ = bench.run()
+    changes = evaluation["models"]["student"]["changes"]
+    assert {name: row["offers"] for name, row in changes.items()} == {"unchanged": 50, "new": 8, "changed": 2}
+    rows = [n for n, c in enumerate(TRUTH) if c in ("lamp", "sofa")]
+    expected = f1_score(
+        [TRUTH[n] for n in rows], [STUDENT[n] for n in rows], average="weighted", zero_division=0
+    )
+    assert metrics["student_weighted_f1_unchanged"] == pytest.approx(expected, abs=1e-6)
+    assert metrics["production_weighted_f1_new"] == 0.0
+    assert metrics["teacher_weighted_f1_changed"] == 1.0
+    assert "student_weighted_f1_weak_categories" not in metrics
+
+
+def test_categories_that_only_weak_labels_were_trained_on_have_a_figure_of_their_own(bench):
+    labelled = {
+        "category_id": ["lamp", "hose", "hose", "gift", "gift", "hose"],
+        "label_source": ["human", "weak", "weak", "weak", "migrated", "human"],
+        "split": ["train"] * 5 + ["validation"],
+    }
+    pq.write_table(pa.table(labelled), bench.add("training_sample") / "labelled.parquet")
+    metrics, evaluation, _ = bench.run()
+    assert evaluation["models"]["student"]["weak_categories"]["offers"] == 8  # hose: half of them right
+    assert metrics["student_weighted_f1_weak_categories"] == pytest.approx(2 / 3, abs=1e-6)
+    assert metrics["teacher_weighted_f1_weak_categories"] == 1.0
+
+
+def test_the_student_is_compared_with_production_segment_by_segment(bench):
+    add_production(bench, ["lamp" if c == "sofa" else c for c in TEACHER])
+    add_change(bench, added=["sofa"])
+    metrics, evaluation, output = bench.run(min_segment_offers=10)
+    found = {(c["group"], c["segment"]): c for c in metrics["comparisons"]}
+    assert {place: c["offers"] for place, c in found.items()} == {
+        ("overall", "all offers"): 60,
+        ("country", "AT"): 20,
+        ("country", "DE"): 20,
+        ("country", "unknown"): 20,
+        ("top_level", "Home"): 50,  # Garden has 8 offers, Gift 2
+        ("change", "new"): 20,
+        ("change", "unchanged"): 40,
+    }
+    assert found["overall", "all offers"]["difference"] == metrics["student_minus_production"]
+    assert found["change", "new"]["difference"] == pytest.approx(
+        metrics["student_weighted_f1_new"] - metrics["production_weighted_f1_new"], abs=1e-5
+    )
+    assert len(evaluation["comparisons"]) == 7
+    assert (output / "comparisons.png").read_bytes().startswith(PNG)
+    assert no_segment_is_worse_than_production(metrics, GateLimits()).passed
+
+
+def test_a_segment_that_holds_all_offers_and_one_that_is_small_are_not_compared_on_their_own(bench):
+    add_production(bench, TEACHER)
+    add_change(bench)
+    metrics, _, _ = bench.run()
+    assert [(c["group"], c["segment"]) for c in metrics["comparisons"]] == [
+        ("overall", "all offers"),
+        ("top_level", "Home"),
+    ]
+
+
+def test_without_production_there_is_nothing_to_compare(bench):
+    metrics, evaluation, output = bench.run()
+    assert "comparisons" not in metrics
+    assert evaluation["comparisons"] == []
+    assert not (output / "comparisons.png").exists()
+
+
+def test_roots_of_one_name_are_told_apart_by_their_ids():
+    taxonomy = Taxonomy(
+        [Category("1", None, "Home"), Category("2", None, "Home"), Category("3", "2", "Sofa")]
+    )
+    found = ml.evaluation.stage._top_levels(np.array(["1", "3", "gone"]), taxonomy)
+    assert found.tolist() == ["Home (1)", "Home (2)", "gone"]
+
+
+def test_the_picture_of_many_segments_shows_the_worst():
+    rows = [
+        Comparison(group="country", segment=f"S{n}", offers=50, difference=n / 100, low=-0.1, high=n / 50)
+        for n in range(60)
+    ]
+    assert comparisons(rows).startswith(PNG)
 
 
 def test_production_that_reads_another_text_is_left_out_and_said_so(bench):

@@ -1,8 +1,12 @@
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ml.errors import InputError
 from ml.evaluation import gate
-from ml.evaluation.gate import GateLimits, judge
+from ml.evaluation.gate import GateLimits, judge, no_segment_is_worse_than_production
+from ml.evaluation.metrics import paired_segments
 
 EVALUATION = {
     "student_weighted_f1": 0.86,
@@ -11,6 +15,25 @@ EVALUATION = {
     "student_minus_production": -0.002,
     "student_minus_production_low": -0.01,
     "student_minus_production_high": 0.006,
+    "comparisons": [
+        {
+            "group": "overall",
+            "segment": "all offers",
+            "offers": 900,
+            "difference": -0.002,
+            "low": -0.012,
+            "high": 0.008,
+        },
+        {"group": "country", "segment": "AT", "offers": 40, "difference": -0.05, "low": -0.2, "high": 0.1},
+        {
+            "group": "country",
+            "segment": "DE",
+            "offers": 860,
+            "difference": 0.0002,
+            "low": -0.01,
+            "high": 0.01,
+        },
+    ],
 }
 COMPILED = {
     "same_category": 0.995,
@@ -30,6 +53,7 @@ def test_a_good_student_may_be_released():
     assert [p.name for p in verdict.propositions] == [
         "student_is_close_to_teacher",
         "student_is_not_worse_than_production",
+        "no_segment_is_worse_than_production",
         "compiled_matches_uncompiled",
     ]
 
@@ -69,21 +93,25 @@ def test_a_first_version_has_nothing_to_be_worse_than():
     first = {name: value for name, value in EVALUATION.items() if "production" not in name}
     verdict = judge(first, COMPILED)
     assert verdict.passed
-    assert verdict.propositions[1].value is None
-    assert verdict.propositions[1].sentence == "There is no version in production yet."
+    for proposition in verdict.propositions[1:3]:
+        assert proposition.value is None
+        assert proposition.sentence == "There is no version in production yet."
 
 
 def test_the_version_in_production_is_not_said_to_be_the_first():
     first = {name: value for name, value in EVALUATION.items() if "production" not in name}
-    proposition = judge(first | {"student_is_production": True}, COMPILED).propositions[1]
-    assert proposition.passed
-    assert proposition.sentence.startswith("This is the version in production")
+    for proposition in judge(first | {"student_is_production": True}, COMPILED).propositions[1:3]:
+        assert proposition.passed
+        assert proposition.sentence.startswith("This is the version in production")
 
 
 def test_a_production_version_that_cannot_be_compared_fails_unless_that_is_accepted():
     metrics = {name: value for name, value in EVALUATION.items() if "production" not in name}
     metrics["production_not_comparable"] = "it reads offer text version 0, this version makes 1"
-    assert failed(judge(metrics, COMPILED)) == ["student_is_not_worse_than_production"]
+    assert failed(judge(metrics, COMPILED)) == [
+        "student_is_not_worse_than_production",
+        "no_segment_is_worse_than_production",
+    ]
     assert judge(metrics, COMPILED, GateLimits(accept_incomparable_production=True)).passed
 
 
@@ -103,8 +131,10 @@ def test_limits_are_taken_from_where_they_are_set():
 
 def test_not_a_number_never_passes():
     nan = float("nan")
+    segment = {**EVALUATION["comparisons"][1], "difference": nan, "low": nan, "high": nan}
     spoilt = judge(
-        dict.fromkeys(EVALUATION, nan), COMPILED | {"same_category": nan, "weighted_f1_compiled": nan}
+        dict.fromkeys(EVALUATION, nan) | {"comparisons": [segment]},
+        COMPILED | {"same_category": nan, "weighted_f1_compiled": nan},
     )
     assert not any(proposition.passed for proposition in spoilt.propositions)
 
@@ -112,3 +142,105 @@ def test_not_a_number_never_passes():
 def test_a_missing_metric_is_an_input_error_that_names_it():
     with pytest.raises(InputError, match="metric same_category is missing"):
         judge(EVALUATION, {"offers": 3})
+
+
+def segment(name, difference, low, high, group="country"):
+    return {
+        "group": group,
+        "segment": name,
+        "offers": 1234,
+        "difference": difference,
+        "low": low,
+        "high": high,
+    }
+
+
+def by_segment(*comparisons, **limits):
+    metrics = EVALUATION | {"comparisons": list(comparisons)}
+    return no_segment_is_worse_than_production(metrics, GateLimits(**limits))
+
+
+def test_a_segment_that_is_worse_beyond_limit_and_chance_fails_and_is_named():
+    overall = segment("all offers", -0.5, -0.6, -0.4, "overall")  # for the other proposition to judge
+    few = segment("AT", -0.08, -0.2, 0.01)
+    small = segment("CH", -0.029, -0.05, -0.01)
+    worse = segment("Garden", -0.0812, -0.12, -0.04, "top_level")
+    assert by_segment(overall, few, small).passed
+    verdict = by_segment(overall, few, small, worse)
+    assert not verdict.passed
+    assert verdict.value == -0.0812
+    assert verdict.limit == -0.03
+    assert (
+        "worse in 1 of 3 segments: top level Garden -0.0812 (interval -0.1200 to -0.0400, 1,234 offers)"
+        in (verdict.sentence)
+    )
+    assert by_segment(worse, max_segment_loss=0.1).passed
+
+
+def test_of_many_worse_segments_the_worst_are_named():
+    many = [segment(f"S{n}", -0.1 - n / 100, -0.3, -0.05) for n in range(8)]
+    sentence = by_segment(*many).sentence
+    assert "worse in 8 of 8 segments: country S7 -0.1700" in sentence
+    assert "; and 3 more" in sentence
+    assert "S2" not in sentence
+
+
+def test_a_passing_comparison_tells_the_lowest_segment():
+    found = by_segment(segment("AT", 0.01, -0.1, 0.1), segment("DE", -0.02, -0.1, 0.1))
+    assert found.value == -0.02
+    assert "not worse in any of 2 segments; the lowest is country DE -0.0200" in found.sentence
+    assert by_segment(segment("all offers", 0.0, 0.0, 0.0, "overall")).value is None
+
+
+def test_a_group_of_changed_categories_is_told_in_words():
+    found = by_segment(segment("new", -0.02, -0.1, 0.1, "change"))
+    assert "the lowest is new categories -0.0200" in found.sentence
+
+
+figures = st.tuples(*[st.floats(-1, 1)] * 3).map(sorted)
+
+
+@given(st.lists(figures, min_size=1, max_size=8), st.floats(0, 1))
+def test_without_a_significant_loss_beyond_the_limit_the_gate_opens(drawn, limit):
+    segments = [segment(f"S{n}", middle, low, high) for n, (low, middle, high) in enumerate(drawn)]
+    found = by_segment(*segments, max_segment_loss=limit)
+    assert found.passed == (not any(middle < -limit and high < 0 for _, middle, high in drawn))
+
+
+def test_comparisons_that_are_missing_or_spoilt_are_an_input_error():
+    without = {name: value for name, value in EVALUATION.items() if name != "comparisons"}
+    with pytest.raises(InputError, match="metric comparisons is missing"):
+        judge(without, COMPILED)
+    with pytest.raises(InputError, match="metric comparisons cannot be read"):
+        judge(EVALUATION | {"comparisons": [{"group": "country"}]}, COMPILED)
+
+
+def verdicts(comparisons, loss=0.0, products=40, seed=0):
+    """Verdicts on two equally good models, or on one that loses ``loss`` in the first of 25 segments."""
+    random = np.random.default_rng(seed)
+    segments = 25
+    of_offer = np.repeat(np.arange(segments), products)
+    inside = [of_offer == number for number in range(segments)]
+    for number in range(comparisons):
+        truth = random.integers(0, 6, len(of_offer))
+        student, production = (
+            np.where(random.random(len(truth)) < 0.85, truth, random.integers(0, 6, len(truth)))
+            for _ in range(2)
+        )
+        worse = inside[0] & (random.random(len(truth)) < loss)
+        student = np.where(worse, (truth + 1) % 6, student)
+        intervals = paired_segments(truth, student, production, inside, resamples=100, seed=number)
+        yield by_segment(
+            *(
+                segment(f"S{place}", interval.difference, interval.low, interval.high)
+                for place, interval in enumerate(intervals)
+            )
+        ).passed
+
+
+def test_equal_models_hardly_ever_fail_though_many_segments_are_looked_at():
+    assert sum(not passed for passed in verdicts(200)) <= 10  # 2.5 % on the side of a loss, of 200: 5
+
+
+def test_a_plain_loss_in_one_segment_of_many_is_found():
+    assert sum(not passed for passed in verdicts(20, loss=0.7)) >= 19

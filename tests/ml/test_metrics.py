@@ -8,6 +8,7 @@ from ml.evaluation.metrics import (
     calibration,
     class_scores,
     paired_bootstrap,
+    paired_segments,
     scores,
     scores_by_level,
     scores_by_segment,
@@ -145,3 +146,70 @@ def test_near_copies_widen_the_interval_when_drawn_as_one():
     apart = paired_bootstrap(*copies, resamples=200)
     together = paired_bootstrap(*copies, clusters=np.repeat(np.arange(80), 10), resamples=200)
     assert together.high - together.low > 2 * (apart.high - apart.low)
+
+
+def test_resampled_counts_give_the_figures_of_the_resampled_offers():
+    """One resample by hand: the same draws, the offers repeated as often as their cluster was drawn."""
+    truth, one, other = random_models(120, 0.8, 0.6)
+    clusters = np.random.default_rng(1).integers(0, 40, 120)
+    interval = paired_bootstrap(truth, one, other, clusters=clusters, resamples=1, seed=4)
+    units = len(np.unique(clusters))
+    drawn = np.random.default_rng(4).integers(units, size=(units, 1)).ravel()
+    unit = np.unique(clusters, return_inverse=True)[1]
+    rows = np.concatenate([np.flatnonzero(unit == number) for number in drawn])
+    expected = scores(truth[rows], one[rows]).weighted_f1 - scores(truth[rows], other[rows]).weighted_f1
+    assert interval.low == interval.high == pytest.approx(expected)
+
+
+def test_the_memory_of_the_bootstrap_is_bounded_whatever_the_number_of_offers(monkeypatch):
+    truth, one, other = random_models(300, 0.8, 0.7)
+    whole = paired_bootstrap(truth, one, other, resamples=100)
+    monkeypatch.setattr("ml.evaluation.metrics._WEIGHTS_AT_ONCE", 305 * 7)
+    in_parts = paired_bootstrap(truth, one, other, resamples=100)
+    assert in_parts.difference == whole.difference
+    assert in_parts.low == pytest.approx(whole.low, abs=0.02)
+
+
+def test_a_segment_is_compared_as_if_there_were_no_other_offers():
+    truth, one, other = random_models(400, 0.9, 0.6)
+    first = np.arange(400) < 150
+    alone, whole = paired_segments(truth, one, other, [first, np.ones(400, bool)])
+    assert alone.difference == pytest.approx(
+        scores(truth[first], one[first]).weighted_f1 - scores(truth[first], other[first]).weighted_f1
+    )
+    assert 0 < alone.low < alone.difference < alone.high
+    assert whole.high - whole.low < alone.high - alone.low
+
+
+def test_more_segments_make_wider_intervals():
+    truth, one, other = random_models(200, 0.8, 0.7)
+    everything = np.ones(200, bool)
+    (single,) = paired_segments(truth, one, other, [everything])
+    many = paired_segments(truth, one, other, [everything] * 50)
+    percentile = paired_bootstrap(truth, one, other)
+    assert many[0].high - many[0].low > 1.4 * (single.high - single.low)
+    assert single.high - single.low == pytest.approx(percentile.high - percentile.low, rel=0.15)
+
+
+def test_equal_answers_leave_no_doubt_and_few_products_leave_nothing_but():
+    truth, one, other = random_models(90, 0.9, 0.3)
+    everything = np.ones(90, bool)
+    (same,) = paired_segments(truth, one, one, [everything])
+    assert (same.difference, same.low, same.high) == (0.0, 0.0, 0.0)
+    (few,) = paired_segments(truth, one, other, [everything], clusters=np.arange(90) % 9)
+    assert (few.low, few.high) == (-1.0, 1.0)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.tuples(ids, ids, ids, st.integers(0, 30)), min_size=1, max_size=80), st.integers(0, 9))
+def test_an_interval_holds_its_difference_and_stays_in_what_is_possible(rows, seed):
+    truth, one, other = np.array([row[:3] for row in rows]).T
+    clusters = np.array([row[3] for row in rows])
+    (found,) = paired_segments(
+        truth, one, other, [np.ones(len(rows), bool)], clusters=clusters, resamples=30, seed=seed
+    )
+    assert -1 <= found.low <= found.difference <= found.high <= 1
+    (opposite,) = paired_segments(
+        truth, other, one, [np.ones(len(rows), bool)], clusters=clusters, resamples=30, seed=seed
+    )
+    assert opposite.low == pytest.approx(-found.high)

@@ -23,6 +23,7 @@ from ml.progress import Progress
 from ml.runner import StageContext
 from ml.stages import FeedFile, OffersParameters, RawOffersParameters
 from ml.taxonomy import Category, Taxonomy
+from ml.taxonomy_change.transitions import Successor, Transition, Transitions
 
 DAY = "2024-05-01"
 GOOD = {
@@ -77,6 +78,7 @@ class Day:
         content: bytes,
         parameters: OffersParameters | None = None,
         taxonomy: Taxonomy = KETTLES,
+        transitions: Transitions | None = None,
     ) -> None:
         path = folder / name
         path.write_bytes(content)
@@ -86,6 +88,9 @@ class Day:
         file = FeedFile(uri=str(path), fingerprint="", loaded_on=DAY)
         write_raw_offers(self._context(folder, raw), RawOffersParameters(files=[file], day=DAY))
         inputs = {"raw_offers": raw, "catalog_taxonomy": tree}
+        if transitions:
+            inputs["taxonomy_change"] = self._folder(folder, "change")
+            transitions.write(inputs["taxonomy_change"])
         self.metrics = write_offers(self._context(folder, output, inputs), parameters or OffersParameters())
         self.raw = pq.read_table(raw / "offers.parquet")
         self.clean_path = output / "offers.parquet"
@@ -121,6 +126,7 @@ def test_a_good_offer_comes_out_typed_trimmed_and_with_codes_in_one_case(tmp_pat
         "clean": 1,
         "quarantined": 0,
         "labelled": 1,
+        "retired_labels": 0,
         "undated": 0,
         "replacement_characters": 0,
         **dict.fromkeys(REASONS, 0),
@@ -213,6 +219,38 @@ def test_the_first_acceptable_offer_of_an_id_stays(tmp_path):
         (6, "empty_title"),
         (7, "empty_title"),
     ]
+
+
+def test_a_label_of_an_earlier_taxonomy_is_accepted_as_it_is(tmp_path):
+    def transition(former: str, *to: str) -> Transition:
+        return Transition(
+            from_id=former,
+            from_name=former,
+            from_path=former,
+            kind="split" if to else "removed",
+            to=[Successor(category_id=category, share=1 / len(to)) for category in to],
+            origin="official",
+            confidence=1.0,
+            certain=False,
+            since="v2",
+            reason="",
+        )
+
+    labels = ["kettles", "teapots", "samovars", "teapots", None, "never one"]
+    rows = [{**GOOD, "offer_id": str(number), "category_id": label} for number, label in enumerate(labels)]
+    transitions = Transitions(
+        history=["v1", "v2"],
+        transitions=[
+            transition("teapots", "kettles"),
+            transition("samovars"),
+            transition("kettles", "kettles"),
+        ],
+    )
+    day = Day(tmp_path, "offers.csv", as_csv(rows), transitions=transitions)
+    assert day.clean["category_id"].to_pylist() == labels[:5]
+    assert day.metrics["unknown_category"] == 1
+    assert day.metrics["labelled"] == 4
+    assert day.metrics["retired_labels"] == 3
 
 
 def test_the_limit_of_titles_can_be_set(tmp_path):

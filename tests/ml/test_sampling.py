@@ -1,4 +1,5 @@
 import random
+from collections import Counter
 from pathlib import Path
 
 import msgspec
@@ -8,15 +9,32 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from ml.artifacts import MANIFEST, write_manifest
 from ml.errors import InputError
+from ml.evaluation.verification import shared_groups, unknown_labels
 from ml.offers import CLEAN_SCHEMA, TEXT_VERSION, offer_texts
 from ml.progress import Progress
 from ml.runner import StageContext
 from ml.sampling.split import Split
 from ml.sampling.stages import write_evaluation_set, write_training_sample
 from ml.stages import EvaluationSetParameters, TrainingSampleParameters
+from ml.taxonomy_change.transitions import Successor, Transition, Transitions
 
 CATEGORIES = ["a", "b", "c", "d"]
+LABELS = pa.schema(
+    [
+        *[(name, pa.string()) for name in ("offer_id", "delivered_on", "labelled_as", "category_id")],
+        ("decision", pa.string()),
+        ("confidence", pa.float64()),
+    ]
+)
+WEAK_LABELS = pa.schema(
+    [
+        *[(name, pa.string()) for name in ("offer_id", "delivered_on", "category_id")],
+        ("confidence", pa.float64()),
+        ("similarity", pa.float64()),
+    ]
+)
 
 
 def offer(number, **columns):
@@ -32,14 +50,31 @@ class Workshop:
         taxonomy = folder / "taxonomy"
         taxonomy.mkdir(parents=True)
         self.set_taxonomy(categories)
+        self.history, self.transitions = ["v1"], []
 
     def set_taxonomy(self, categories):
         pq.write_table(pa.table({"category_id": categories}), self.folder / "taxonomy" / "taxonomy.parquet")
 
-    def context(self, days, **inputs):
+    def next_version(self, categories, *transitions):
+        """The taxonomy changes; ``transitions`` are all that hold from now on."""
+        self.set_taxonomy(categories)
+        self.history, self.transitions = [*self.history, f"v{len(self.history) + 1}"], list(transitions)
+
+    def context(self, days, labels=(), weak=(), **inputs):
         self.runs += 1
         place = self.folder / f"run{self.runs}"
-        folders = {"catalog_taxonomy": self.folder / "taxonomy", **inputs}
+        for name in ("migrated_labels", "taxonomy_change"):
+            (place / name).mkdir(parents=True)
+        pq.write_table(pa.Table.from_pylist(labels, LABELS), place / "migrated_labels" / "labels.parquet")
+        pq.write_table(
+            pa.Table.from_pylist(weak, WEAK_LABELS), place / "migrated_labels" / "weak_labels.parquet"
+        )
+        Transitions(history=self.history, transitions=self.transitions).write(place / "taxonomy_change")
+        folders = {
+            "catalog_taxonomy": self.folder / "taxonomy",
+            **{name: place / name for name in ("migrated_labels", "taxonomy_change")},
+            **inputs,
+        }
         for day, offers in days.items():
             folders[f"offers/{day}"] = place / day
             (place / day).mkdir(parents=True)
@@ -48,15 +83,31 @@ class Workshop:
             (place / name).mkdir(parents=True)
         return StageContext(folders, place / "output", place / "checkpoints", Progress("test"))
 
-    def evaluation_set(self, days, previous=None, **parameters):
-        context = self.context(days, **({"previous": previous} if previous else {}))
+    def evaluation_set(self, days, previous=None, labels=(), **parameters):
+        context = self.context(days, labels, **({"previous": previous} if previous else {}))
         metrics = write_evaluation_set(context, EvaluationSetParameters(**parameters))
+        write_manifest(
+            context.output,
+            kind="evaluation_set",
+            key="",
+            inputs={"catalog_taxonomy": self.history[-1]},
+            code_version="",
+            code_revision=None,
+            parameters={},
+            metrics=metrics,
+            seconds=0.0,
+        )
         return context.output, metrics
 
-    def training_sample(self, days, evaluation_set, **parameters):
-        context = self.context(days, evaluation_set=evaluation_set)
+    def training_sample(self, days, evaluation_set, labels=(), weak=(), **parameters):
+        context = self.context(days, labels, weak, evaluation_set=evaluation_set)
         metrics = write_training_sample(context, TrainingSampleParameters(**parameters))
         return context.output, metrics
+
+
+def files_of(artifact):
+    """All but the manifest, which has a date."""
+    return [path for path in artifact.iterdir() if path.name != MANIFEST]
 
 
 def rows_of(path):
@@ -203,7 +254,7 @@ def test_the_order_of_rows_changes_nothing(tmp_path_factory, feed, split_by, ord
         training, _ = attempt(
             workshop.training_sample, days, evaluation, split_by=split_by, evaluation_share=0.4, unlabelled=4
         )
-        paths = sorted([*evaluation.iterdir(), *training.iterdir()])
+        paths = sorted([*files_of(evaluation), *training.iterdir()])
         contents.append({path.name: path.read_bytes() for path in paths})
     assert contents[0] == contents[1]
 
@@ -216,8 +267,8 @@ def test_the_evaluation_set_only_grows_and_is_stable_without_news(tmp_path_facto
     evaluation, _ = attempt(workshop.evaluation_set, first, **parameters)
     again, metrics = workshop.evaluation_set(first, previous=evaluation, **parameters)
     assert metrics["added"] == 0
-    assert {p.name: p.read_bytes() for p in again.iterdir()} == {
-        p.name: p.read_bytes() for p in evaluation.iterdir()
+    assert {p.name: p.read_bytes() for p in files_of(again)} == {
+        p.name: p.read_bytes() for p in files_of(evaluation)
     }
 
     news = {
@@ -382,3 +433,218 @@ def test_an_evaluation_set_without_its_split_is_refused(tmp_path):
     (evaluation / "split.json").write_bytes(msgspec.json.encode({"share": 1}))
     with pytest.raises(InputError, match=r"split\.json cannot be read"):
         workshop.training_sample(shop_feed(), evaluation)
+
+
+DECISIONS = [("official", "a"), ("inferred", "b"), ("by_evidence", "c"), ("put_aside", None)]
+
+
+def decided(feed):
+    """What becomes of the labels ``gone``, each decision in turn, and weak labels for some of the others."""
+    labels, weak = [], []
+    for day, rows in feed.items():
+        for row in rows:
+            number = int(row["offer_id"][1:])
+            decision, category = DECISIONS[number % 4]
+            keys = {"offer_id": row["offer_id"], "delivered_on": day}
+            if row["category_id"] == "gone":
+                labels.append(
+                    {
+                        **keys,
+                        "labelled_as": "gone",
+                        "category_id": category,
+                        "decision": decision,
+                        "confidence": 0.9,
+                    }
+                )
+            has_label = row["category_id"] and not (row["category_id"] == "gone" and category is None)
+            if not has_label and number % 3:
+                weak.append({**keys, "category_id": "new", "confidence": 0.7, "similarity": 0.5})
+    return labels, weak
+
+
+@settings(property_test, max_examples=12)
+@given(feed=feeds(), split_by=splits, seed=st.integers(0, 5))
+def test_labels_of_today_s_taxonomy_are_learned_from_and_only_certain_ones_measured(
+    tmp_path_factory, feed, split_by, seed
+):
+    labels, weak = decided(feed)
+    workshop = Workshop(tmp_path_factory.mktemp("sampling"), [*CATEGORIES, "new"])
+    evaluation, _ = attempt(
+        workshop.evaluation_set, feed, labels=labels, split_by=split_by, share=0.4, seed=seed
+    )
+    limits = {"cap_per_category": 4, "cap_per_product": 4, "labelled": 9, "validation_share": 0.3}
+    training, metrics = attempt(
+        workshop.training_sample,
+        feed,
+        evaluation,
+        labels=labels,
+        weak=weak,
+        split_by=split_by,
+        evaluation_share=0.4,
+        seed=seed,
+        **limits,
+    )
+    measured, learned = rows_of(evaluation / "offers.parquet"), rows_of(training / "labelled.parquet")
+    unlabelled = rows_of(training / "unlabelled.parquet")
+    delivered = {
+        (row["offer_id"], row["title"], row["category_id"]) for rows in feed.values() for row in rows
+    }
+    moves = {row["offer_id"]: row for row in labels}
+    for row in [*measured, *learned]:
+        assert (row["offer_id"], row["title"], row["labelled_as"]) in delivered
+        if row["label_source"] == "human":
+            assert row["category_id"] == row["labelled_as"]
+        elif row["label_source"] == "migrated":
+            assert row["category_id"] == moves[row["offer_id"]]["category_id"]
+        else:
+            assert row["category_id"] == "new"
+    assert {row["label_source"] for row in measured} <= {"human", "migrated"}
+    assert not {moves[row["offer_id"]]["decision"] for row in measured if row["offer_id"] in moves} - {
+        "official",
+        "inferred",
+    }
+    assert {row["split"] for row in learned if row["label_source"] == "weak"} <= {"train"}
+    confidences = {"human": 1.0, "migrated": 0.9, "weak": 0.7}
+    assert all(row["label_confidence"] == confidences[row["label_source"]] for row in learned)
+
+    assert not any(shared_groups(training, evaluation, split_by).values())
+    tables = [training / "labelled.parquet", evaluation / "offers.parquet"]
+    assert unknown_labels(tables, workshop.folder / "taxonomy") == {}
+    sources = Counter(row["label_source"] for row in learned)
+    assert metrics["migrated"] == sources["migrated"]
+    assert metrics["weak"] == sources["weak"]
+    assert metrics["categories_with_weak_labels_only"] == (1 if sources["weak"] else 0)
+    assert metrics["labelled"] == len(learned) <= limits["labelled"]
+    assert max(Counter(row["category_id"] for row in learned).values()) <= limits["cap_per_category"]
+    products = Counter(row["product_id"] for row in learned if row["product_id"])
+    assert max(products.values(), default=0) <= limits["cap_per_product"]
+
+    put_aside = {name for name, move in moves.items() if move["decision"] == "put_aside"}
+    assert metrics["put_aside"] == len(put_aside)
+    assert not {row["offer_id"] for row in unlabelled} & {row["offer_id"] for row in learned}
+    assert {row["category_id"] for row in unlabelled} <= {None}
+    key_sets = [keys_of(row, split_by) for row in measured]
+    for rows in feed.values():
+        for row in rows:
+            if row["offer_id"] in put_aside and row["offer_id"] in {r["offer_id"] for r in unlabelled}:
+                assert not any(keys_of(row, split_by) & keys for keys in key_sets)
+
+
+def transition(former, *to, certain=True, since):
+    return Transition(
+        from_id=former,
+        from_name=former,
+        from_path=former,
+        kind="removed" if not to else "merged" if len(to) == 1 else "split",
+        to=[Successor(category_id=category, share=1 / len(to)) for category in to],
+        origin="inferred",
+        confidence=0.9,
+        certain=certain,
+        since=since,
+        reason="",
+    )
+
+
+def counted(evaluation):
+    rows = rows_of(evaluation / "offers.parquet")
+    return Counter((row["labelled_as"], row["category_id"], row["label_source"]) for row in rows)
+
+
+def test_evaluation_rows_follow_certain_transitions_from_version_to_version(tmp_path):
+    workshop, feed = Workshop(tmp_path), shop_feed()
+    evaluation, metrics = workshop.evaluation_set(feed)
+    before = counted(evaluation)
+    assert metrics["migrated"] == 0
+    sizes = {category: before[category, category, "human"] for category in CATEGORIES}
+    assert all(sizes.values())
+
+    workshop.next_version(["a", "b", "e", "f"], transition("c", "e", since="v2"), transition("d", since="v2"))
+    unlabelled = {day: [{**row, "category_id": None} for row in rows] for day, rows in feed.items()}
+    # Only what the previous set holds can be measured: offers of later days bring other labels.
+    later = {"2026-03-01": [offer(9000 + n, category_id="ab"[n % 2]) for n in range(40)]}
+    second, metrics = workshop.evaluation_set(unlabelled | later, previous=evaluation, share=0.15)
+    assert metrics["labels_put_aside"] == sizes["d"]
+    assert metrics["labels_gone"] == 0
+    assert metrics["migrated"] == sizes["c"]
+    assert metrics["kept"] == sum(sizes.values()) - sizes["d"]
+    assert counted(second)["c", "e", "migrated"] == sizes["c"]
+
+    # c → e of the second version goes on to f; a is split, b is gone without a word.
+    workshop.next_version(
+        ["a", "g", "f"],
+        transition("c", "f", since="v3"),
+        transition("e", "f", since="v3"),
+        transition("a", "a", "g", certain=False, since="v3"),
+        transition("d", since="v2"),
+    )
+    later = {"2026-03-01": [offer(9000 + n, category_id="fg"[n % 2]) for n in range(40)]}
+    third, metrics = workshop.evaluation_set(unlabelled | later, previous=second, share=0.15)
+    held = counted(second)
+    assert metrics["labels_put_aside"] == held["a", "a", "human"]
+    assert metrics["labels_gone"] == held["b", "b", "human"]
+    assert metrics["kept"] == sizes["c"]
+    assert counted(third)["c", "f", "migrated"] == sizes["c"]
+
+    # Labels that were given after the split stay: they mean what the category means today.
+    fourth, metrics = workshop.evaluation_set(unlabelled | later, previous=third, share=0.15)
+    assert counted(fourth) == counted(third)
+    assert metrics["labels_put_aside"] == 0
+
+
+def test_an_evaluation_set_from_before_labels_could_move_is_carried_over(tmp_path):
+    workshop, feed = Workshop(tmp_path), shop_feed()
+    evaluation, _ = workshop.evaluation_set(feed)
+    path = evaluation / "offers.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["labelled_as", "label_source"]), path)
+    again, metrics = workshop.evaluation_set(feed, previous=evaluation)
+    assert metrics["added"] == 0
+    assert {(row["labelled_as"], row["label_source"]) for row in rows_of(again / "offers.parquet")} == {
+        (category, "human") for category in CATEGORIES
+    }
+
+
+def weak_for(feed, category="new"):
+    return [
+        {
+            "offer_id": row["offer_id"],
+            "delivered_on": day,
+            "category_id": category,
+            "confidence": 0.8,
+            "similarity": 0.5,
+        }
+        for day, rows in feed.items()
+        for row in rows
+        if not row["category_id"]
+    ]
+
+
+def test_weak_labels_do_not_change_who_validates_and_find_room_where_labels_are_many(tmp_path):
+    workshop, feed = Workshop(tmp_path, [*CATEGORIES, "new"]), shop_feed()
+    evaluation, _ = workshop.evaluation_set(feed)
+    alone, _ = workshop.training_sample(feed, evaluation)
+    weak = weak_for(feed)
+    both, metrics = workshop.training_sample(feed, evaluation, weak=weak)
+    rows = rows_of(both / "labelled.parquet")
+    assert metrics["weak"] == sum(row["label_source"] == "weak" for row in rows) > 0
+    assert [row for row in rows if row["label_source"] != "weak"] == rows_of(alone / "labelled.parquet")
+
+    crowded, metrics = workshop.training_sample(feed, evaluation, weak=weak, labelled=50)
+    categories = Counter(row["category_id"] for row in rows_of(crowded / "labelled.parquet"))
+    assert metrics["labelled"] <= 50
+    assert metrics["categories_with_weak_labels_only"] == 1
+    assert 5 <= categories["new"] <= 18
+
+
+def test_a_weak_label_gives_way_to_a_person_s_and_to_a_more_confident_one(tmp_path):
+    workshop, feed = Workshop(tmp_path, [*CATEGORIES, "new", "newer"]), shop_feed()
+    evaluation, _ = workshop.evaluation_set(feed)
+    for_all = weak_for({day: [{**row, "category_id": None} for row in rows] for day, rows in feed.items()})
+    surer = [{**row, "category_id": "newer", "confidence": 0.85} for row in weak_for(feed)]
+    gone = [{**row, "category_id": "gone", "confidence": 0.99} for row in weak_for(feed)]
+    training, metrics = workshop.training_sample(feed, evaluation, weak=[*for_all, *surer, *gone])
+    rows = rows_of(training / "labelled.parquet")
+    assert {row["category_id"] for row in rows if row["label_source"] == "weak"} == {"newer"}
+    assert all(row["labelled_as"] is None for row in rows if row["label_source"] == "weak")
+    labelled = {row["offer_id"] for row in feed["2026-01-01"] if row["category_id"]}
+    assert {row["offer_id"] for row in rows if row["label_source"] == "human"} <= labelled
+    assert metrics["categories_without_training"] == 0

@@ -29,35 +29,42 @@ UPSTREAM = {
     "offer_feed": set(),
     "catalog_taxonomy": {"catalog_taxonomy_source"},
     "raw_offers": {"offer_feed"},
-    "offers": {"raw_offers", "catalog_taxonomy"},
-    "quarantined_offers": {"raw_offers", "catalog_taxonomy"},
-    "evaluation_set": {"offers", "catalog_taxonomy"},
-    "training_sample": {"offers", "catalog_taxonomy", "evaluation_set"},
-    "teacher_checkpoint": {"training_sample", "catalog_taxonomy"},
+    "taxonomy_change": {"catalog_taxonomy"},
+    "offers": {"raw_offers", "taxonomy_change"},
+    "quarantined_offers": {"raw_offers", "taxonomy_change"},
+    "migrated_labels": {"offers", "taxonomy_change"},
+    "evaluation_set": {"offers", "migrated_labels", "taxonomy_change"},
+    "training_sample": {"offers", "migrated_labels", "evaluation_set", "taxonomy_change"},
+    "teacher_checkpoint": {"training_sample", "taxonomy_change"},
     "teacher_labels": {"teacher_checkpoint", "training_sample"},
-    "fast_checkpoint": {"training_sample", "teacher_labels", "catalog_taxonomy"},
-    "student_checkpoint": {"training_sample", "teacher_labels", "teacher_checkpoint", "catalog_taxonomy"},
+    "fast_checkpoint": {"training_sample", "teacher_labels", "taxonomy_change"},
+    "student_checkpoint": {"training_sample", "teacher_labels", "teacher_checkpoint", "taxonomy_change"},
     "student_evaluation": {
         "evaluation_set",
-        "catalog_taxonomy",
+        "taxonomy_change",
         "student_checkpoint",
         "teacher_checkpoint",
         "fast_checkpoint",
         "training_sample",
     },
-    "compiled_student": {"student_checkpoint", "evaluation_set", "catalog_taxonomy"},
-    "model_version": {"student_evaluation", "compiled_student"},
+    "compiled_student": {"student_checkpoint", "evaluation_set", "taxonomy_change"},
+    "model_version": {"student_evaluation", "compiled_student", "taxonomy_change"},
     "offer_endpoint": {"model_version"},
     "catalogued_offers": {"offers", "offer_endpoint"},
     "drift_report": {"catalogued_offers", "offers", "training_sample", "offer_endpoint"},
 }
 
 CHECKS = {
+    "taxonomy_change": {"new_categories_have_labelled_offers"},
     "raw_offers": {"every_feed_file_was_read"},
     "offers": {"no_offer_is_lost", "labels_exist_in_taxonomy"},
     "quarantined_offers": {"few_offers_are_quarantined"},
     "training_sample": {"no_product_is_on_both_sides", "sampled_labels_exist_in_taxonomy"},
-    "student_evaluation": {"student_is_close_to_teacher", "student_is_not_worse_than_production"},
+    "student_evaluation": {
+        "student_is_close_to_teacher",
+        "student_is_not_worse_than_production",
+        "no_segment_is_worse_than_production",
+    },
     "compiled_student": {"compiled_matches_uncompiled"},
     "offer_endpoint": {"endpoint_answers", "endpoint_answers_the_same"},
     "catalogued_offers": {"every_clean_offer_is_catalogued"},
@@ -107,8 +114,9 @@ def test_materialized_assets_carry_the_version_of_their_code(definitions: dg.Def
 
 
 def test_every_job_has_a_description(definitions: dg.Definitions) -> None:
-    for name in ("ingest_day", "train_and_release", "start_endpoint", "catalogue_day", "process_day"):
-        assert definitions.resolve_job_def(name).description
+    for job in definitions.resolve_all_job_defs():
+        if not job.name.startswith("__"):
+            assert job.description, job.name
 
 
 def test_loading_the_definitions_imports_nothing_heavy(tmp_path: Path) -> None:

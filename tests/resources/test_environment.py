@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from resources.alerts import Alerts
 from resources.artifact_store import ArtifactStore
 from resources.compute import Compute
 from resources.endpoints import Endpoints
@@ -15,6 +16,8 @@ from resources.environment import resources_for
 from resources.io_manager import ArtifactRefIOManager
 from resources.offer_feed import DemoOfferFeed, OfferFeed
 from resources.settings import Settings, SettingsError
+from resources.taxonomy_policy import TaxonomyPolicy
+from resources.taxonomy_source import TaxonomySource
 from resources.tracking import Tracking
 
 HEAVY = {
@@ -39,6 +42,9 @@ def test_the_local_environment_has_every_door(tmp_path):
         "tracking": Tracking,
         "endpoints": Endpoints,
         "offer_feed": OfferFeed,
+        "taxonomy_source": TaxonomySource,
+        "taxonomy_policy": TaxonomyPolicy,
+        "alerts": Alerts,
     }
     assert doors.keys() == interfaces.keys()
     assert all(isinstance(doors[name], interface) for name, interface in interfaces.items())
@@ -51,9 +57,12 @@ def test_the_feed_is_the_demo_feed_unless_one_is_set(tmp_path):
     given = Settings(
         home=tmp_path / "other", offer_feed="s3://b/offers.csv", catalog_taxonomy="s3://b/taxonomy.csv"
     )
-    feed = resources_for(given)["offer_feed"]
-    assert not isinstance(feed, DemoOfferFeed)
-    assert (feed.feed, feed.taxonomy) == ("s3://b/offers.csv", "s3://b/taxonomy.csv")
+    doors = resources_for(given)
+    assert not isinstance(doors["offer_feed"], DemoOfferFeed)
+    assert (doors["offer_feed"].feed, doors["taxonomy_source"].location) == (
+        "s3://b/offers.csv",
+        "s3://b/taxonomy.csv",
+    )
 
 
 def test_an_environment_without_doors_says_so_in_one_line(tmp_path):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import dagster as dg
 import pytest
 
+from ml.demo.feed import feed_in
 from ml.errors import InputError
 from ml.feed import reading as ml_feed
 from resources import offer_feed as offer_feed_module
@@ -38,7 +39,6 @@ def folder(tmp_path: Path) -> Path:
 def feed(tmp_path: Path, folder: Path) -> OfferFeed:
     return OfferFeed(
         feed=str(folder / "*"),
-        taxonomy=str(tmp_path / "taxonomy.csv"),
         first_day="2026-11-01",
         home=str(tmp_path / "home"),
     )
@@ -190,19 +190,6 @@ def test_many_that_look_first_at_once_agree_on_the_day(feed, folder, monkeypatch
     assert len(set(seen)) == 1
 
 
-def test_the_taxonomy_comes_with_the_digest_of_its_content(feed, tmp_path):
-    content = b"category_id,parent_id,name\n1,,Root\n"
-    (tmp_path / "taxonomy.csv").write_bytes(content)
-    uri, fingerprint = feed.taxonomy_source()
-    assert uri == str(tmp_path / "taxonomy.csv")
-    assert fingerprint == hashlib.sha256(content).hexdigest()
-
-
-def test_a_taxonomy_that_is_gone_names_the_setting(feed):
-    with pytest.raises(InputError, match=r"^CATALOG_TAXONOMY=.*taxonomy\.csv cannot be read"):
-        feed.taxonomy_source()
-
-
 class TestDemo:
     """The embedded feed."""
 
@@ -215,7 +202,7 @@ class TestDemo:
     def test_the_demo_feed_appears_when_it_is_asked_for(self, tmp_path):
         feed = self.demo(tmp_path)
         assert feed.days() == ["2026-11-01", "2026-11-02"]
-        assert Path(feed.taxonomy_source().uri).is_file()
+        assert [path.name for path in feed.taxonomy_folder.iterdir()] == ["v1.csv"]
 
     def test_its_undated_offers_are_of_the_day_of_their_file(self, tmp_path):
         feed = DemoOfferFeed.in_home(
@@ -252,3 +239,16 @@ class TestDemo:
         today[0] = "2026-11-02"
         with pytest.raises(InputError, match="would be 2026-11-03, in the future"):
             feed.add_drifted_day()
+
+    def test_days_after_a_new_taxonomy_keep_the_labels_of_the_feed(self, tmp_path):
+        feed = self.demo(tmp_path)
+        feed.add_taxonomy_version()
+        feed.add_drifted_day()
+        assert feed_in(tmp_path / "demo_feed").taxonomy_version == 1
+
+    def test_a_home_from_before_there_were_versions_gets_its_taxonomy(self, tmp_path):
+        files = self.demo(tmp_path).files()
+        shutil.rmtree(tmp_path / "demo_feed" / "taxonomy")
+        feed = self.demo(tmp_path)
+        assert feed.files() == files
+        assert (feed.taxonomy_folder / "v1.csv").is_file()

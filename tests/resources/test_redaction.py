@@ -14,6 +14,14 @@ from resources.redaction import without_secrets
         ("at https://me:p@ss/w?rd@host/x: refused", "at https://***@host/x: refused"),
         ("https://token@host/x", "https://***@host/x"),
         ("postgresql://db/mlflow?user=me&password=hunter2", "postgresql://db/mlflow?user=me&password=***"),
+        (
+            "https://host/t.csv?X-Amz-Signature=abc&X-Amz-Date=1&X-Amz-Security-Token=def",
+            "https://host/t.csv?X-Amz-Signature=***&X-Amz-Date=1&X-Amz-Security-Token=***",
+        ),
+        (
+            "https://host/t.csv?access_token=abc&api_key=def",
+            "https://host/t.csv?access_token=***&api_key=***",
+        ),
         ("http://host:8080/a@b", "http://host:8080/a@b"),
         ("s3://bucket/offers@2026/*.csv", "s3://bucket/offers@2026/*.csv"),
         ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),

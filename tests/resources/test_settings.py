@@ -114,7 +114,11 @@ def test_an_empty_value_means_the_default(monkeypatch):
         ("OFFER_ASSETS_MODEL_NAME", "a b", "must have neither spaces nor / or :"),
         ("MLFLOW_TRACKING_URI", "server", "must be a URI such as https://mlflow.example.com"),
         ("OFFER_FEED", "nowhere/*.csv", "points nowhere: nothing matches {folder}/nowhere/*.csv"),
-        ("CATALOG_TAXONOMY", "nowhere.csv", "points nowhere: there is no file {folder}/nowhere.csv"),
+        (
+            "CATALOG_TAXONOMY",
+            "nowhere.csv",
+            "points nowhere: there is no file or folder {folder}/nowhere.csv",
+        ),
     ],
 )
 def test_a_wrong_value_names_variable_value_and_expectation(folder, monkeypatch, name, value, expectation):
@@ -168,7 +172,8 @@ def test_the_example_file_lists_every_setting_with_description_and_default():
     words = " ".join(text.replace("\n# ", " ").split())
     listed = dotenv_values(ROOT / ".env.example")
     for field in Settings.model_fields.values():
-        assert listed.pop(str(field.validation_alias)) == str(field.default)
+        default = str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
+        assert listed.pop(str(field.validation_alias)) == default
         assert f"{field.description} {field.validation_alias}=" in words
     assert listed == {}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -11,9 +10,13 @@ from pathlib import Path
 import dagster as dg
 import msgspec
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from ml.artifacts import ArtifactRef, Manifest
-from resources.tracking import MlflowTracking
+from ml.errors import InputError
+from resources.tracking import MlflowTracking, Promotion, RegisteredVersion, now
+from tests.registry import registry_in
 
 MANIFEST = Manifest(
     kind="student_checkpoint",
@@ -43,18 +46,45 @@ def tracking_in(folder: Path) -> MlflowTracking:
     return MlflowTracking(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}", model_name="offer-categories")
 
 
-@pytest.fixture(scope="module")
-def new_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty database, made once: MLflow takes seconds for it."""
-    folder = tmp_path_factory.mktemp("mlflow")
-    assert tracking_in(folder).production() is None
-    return folder / "mlflow.db"
-
-
 @pytest.fixture
-def tracking(tmp_path: Path, new_database: Path) -> MlflowTracking:
-    shutil.copy(new_database, tmp_path)
-    return tracking_in(tmp_path)
+def tracking(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> MlflowTracking:
+    return registry_in(tmp_path, tmp_path_factory)
+
+
+def promotion(version: RegisteredVersion, **changes: object) -> Promotion:
+    made = Promotion(
+        at=now(),
+        by="automatic",
+        reason="passed the gate",
+        run_id="run 1",
+        kind="promotion",
+        registry_version=version.version,
+        model_version=version.model_version,
+        replaced=None,
+        taxonomy_version="t1",
+        data="d1",
+        code_revision="abc1234",
+        evaluation="e" * 64,
+    )
+    return msgspec.structs.replace(made, **changes)
+
+
+def passed(tracking: MlflowTracking, digit: str, approval: str = "automatic") -> RegisteredVersion:
+    return tracking.register(compiled(digit), {}, {"verdict": "passed"}, approval=approval)
+
+
+def set_by_hand(tracking: MlflowTracking, version: RegisteredVersion, name: str, value: str) -> None:
+    """As a person does on MLflow's pages."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=tracking.tracking_uri)
+    client.set_model_version_tag(version.name, version.version, name, value)
+
+
+def read_again(tracking: MlflowTracking, version: RegisteredVersion) -> RegisteredVersion:
+    found = tracking.version_of(version.ref)
+    assert found is not None
+    return found
 
 
 def runs(tracking: MlflowTracking) -> list:
@@ -164,16 +194,226 @@ def test_one_version_at_a_time_is_in_production(tracking):
     first = tracking.register(compiled("5"), {}, {})
     second = tracking.register(compiled("6"), {}, {})
     assert tracking.production() is None
-    promoted = tracking.promote(first, reason="run 1")
-    assert promoted.in_production
-    assert promoted.tags["promotion_reason"] == "run 1"
-    tracking.promote(second, reason="run 2")
+    assert tracking.promote(first, promotion(first)).in_production
+    tracking.promote(second, promotion(second))
     in_production = tracking.production()
     assert in_production is not None
     assert in_production.ref == second.ref
     earlier = tracking.version_of(first.ref)
     assert earlier is not None
     assert not earlier.in_production
+
+
+def test_versions_are_listed_newest_first_with_the_one_in_production(tracking):
+    assert tracking.versions() == []
+    registered = [tracking.register(compiled(digit), {"accuracy": 0.5}, {}) for digit in "567"]
+    tracking.promote(registered[1], promotion(registered[1]))
+    versions = tracking.versions()
+    assert [version.version for version in versions] == ["3", "2", "1"]
+    assert [version.in_production for version in versions] == [False, True, False]
+    assert versions == [read_again(tracking, version) for version in reversed(registered)]
+    assert versions[0].registered_at <= now()
+
+
+def test_a_version_of_somebody_else_under_the_name_is_left_out(tracking):
+    from mlflow import MlflowClient
+
+    tracking.register(compiled("5"), {}, {})
+    MlflowClient(tracking_uri=tracking.tracking_uri).create_model_version("offer-categories", source="/x")
+    assert [version.version for version in tracking.versions()] == ["1"]
+
+
+def test_a_version_is_found_by_number_and_by_the_beginning_of_its_model_version(tracking):
+    five, two = tracking.register(compiled("5"), {}, {}), tracking.register(compiled("2"), {}, {})
+    assert tracking.find("1") == five
+    assert tracking.find(" 5555 ") == five
+    assert tracking.find("2") == two  # a number goes before a model version that begins like it
+    assert tracking.find(two.ref.digest) == two
+    assert tracking.find("3") is None
+    assert tracking.find("") is None
+
+
+def test_a_beginning_of_several_model_versions_is_refused(tracking):
+    for digest in ("abc" + "0" * 61, "abd" + "0" * 61):
+        tracking.register(ref("compiled_student", digest[:32], digest), {}, {})
+    with pytest.raises(InputError, match=r"^AB may be any of abd000000000 \(version 2\), abc0") as failure:
+        tracking.find("AB")
+    assert "\n" not in str(failure.value)
+
+
+def test_a_decision_is_kept_with_who_when_and_why(tracking):
+    pending = passed(tracking, "5", "pending")
+    assert (pending.approval, pending.decision, pending.may_serve) == ("pending", None, False)
+    before = now()
+    approved = tracking.decide(pending, "approved", "anna", "looks good")
+    assert approved.may_serve
+    assert approved.decision is not None
+    assert before <= approved.decision.at <= now()
+    assert (approved.decision.by, approved.decision.reason) == ("anna", "looks good")
+    assert not approved.decision.despite_gate
+    rejected = tracking.decide(approved, "rejected", "ben", "labels of toys are wrong")
+    assert (rejected.approval, rejected.may_serve) == ("rejected", False)
+    assert rejected.decision is not None
+    assert rejected.decision.by == "ben"
+
+
+def test_the_same_decision_again_is_no_new_one(tracking):
+    version = passed(tracking, "5", "pending")
+    first = tracking.decide(version, "approved", "anna", "looks good")
+    assert tracking.decide(version, "approved", "anna", "looks good") == first
+
+
+def test_what_a_person_decided_stays_when_the_version_is_registered_again(tracking):
+    tracking.decide(passed(tracking, "5", "pending"), "rejected", "anna", "toys")
+    assert passed(tracking, "5", "automatic").approval == "rejected"
+    tracking.decide(passed(tracking, "6", "pending"), "approved", "anna", "fine")
+    assert passed(tracking, "6", "pending").approval == "approved"
+
+
+def test_approval_follows_the_policy_until_somebody_decided_or_it_is_in_production(tracking):
+    assert passed(tracking, "5", "pending").approval == "pending"
+    version = passed(tracking, "5", "automatic")
+    assert version.approval == "automatic"
+    assert passed(tracking, "5", "pending").approval == "pending"
+    version = passed(tracking, "5", "automatic")
+    tracking.promote(version, promotion(version))
+    assert passed(tracking, "5", "pending").approval == "automatic"
+
+
+def test_a_version_that_failed_the_gate_is_approved_only_on_purpose(tracking):
+    failed = tracking.register(compiled("5"), {}, {"verdict": "failed"})
+    assert not failed.may_serve
+    with pytest.raises(InputError, match=r"^version 1 \(model 5{12}\) did not pass the gate"):
+        tracking.decide(failed, "approved", "anna", "we need it")
+    approved = tracking.decide(failed, "approved", "anna", "we need it", despite_gate=True)
+    assert approved.may_serve
+    assert approved.decision is not None
+    assert approved.decision.despite_gate
+
+
+def test_an_approval_of_a_version_that_passed_does_not_outlive_a_failed_verdict(tracking):
+    tracking.decide(passed(tracking, "5", "pending"), "approved", "anna", "fine", despite_gate=True)
+    failed = tracking.register(compiled("5"), {}, {"verdict": "failed"})
+    assert (failed.approval, failed.may_serve) == ("approved", False)
+
+
+@pytest.mark.parametrize(("by", "reason", "missing"), [(" ", "because", "by"), ("anna", "", "reason")])
+def test_a_decision_needs_a_name_and_a_reason(tracking, by, reason, missing):
+    with pytest.raises(InputError, match=f"^{missing} is empty"):
+        tracking.decide(passed(tracking, "5"), "rejected", by, reason)
+
+
+def test_a_tag_set_in_mlflow_decides_too(tracking):
+    version = passed(tracking, "5", "pending")
+    set_by_hand(tracking, version, "approval", " Approved ")
+    by_hand = read_again(tracking, version)
+    assert by_hand.may_serve
+    assert by_hand.decision is not None
+    assert (by_hand.decision.by, by_hand.decision.at) == ("mlflow", "")
+    assert by_hand in tracking.versions()
+
+
+def test_a_tag_set_in_mlflow_overrules_an_earlier_decision(tracking):
+    version = tracking.decide(passed(tracking, "5", "pending"), "approved", "anna", "fine")
+    set_by_hand(tracking, version, "approval", "rejected")
+    by_hand = read_again(tracking, version)
+    assert not by_hand.may_serve
+    assert by_hand.decision is not None
+    assert by_hand.decision.by == "mlflow"
+    assert passed(tracking, "5", "automatic").approval == "rejected"
+
+
+def test_a_tag_set_in_mlflow_does_not_get_a_failed_version_past_the_gate(tracking):
+    version = tracking.register(compiled("5"), {}, {"verdict": "failed"})
+    set_by_hand(tracking, version, "approval", "approved")
+    assert not read_again(tracking, version).may_serve
+
+
+@pytest.mark.parametrize("unclear", ["", "yes", "approve"])
+def test_an_unclear_tag_waits_for_a_person(tracking, unclear):
+    version = passed(tracking, "5", "automatic")
+    set_by_hand(tracking, version, "approval", unclear)
+    assert read_again(tracking, version).approval == "pending"
+
+
+def test_the_history_tells_every_promotion_oldest_first(tracking):
+    assert tracking.history() == []
+    five, six = passed(tracking, "5"), passed(tracking, "6")
+    entries = [
+        promotion(five),
+        promotion(six, replaced=five.model_version, by="anna", reason="ä better model"),
+        promotion(five, replaced=six.model_version, kind="rollback"),
+    ]
+    for version, entry in zip((five, six, five), entries, strict=True):
+        tracking.promote(version, entry)
+    assert tracking.history() == entries
+    assert read_again(tracking, five).promotions == [entries[0], entries[2]]
+
+
+def test_a_promotion_that_is_repeated_is_told_once(tracking):
+    version = passed(tracking, "5")
+    first = promotion(version)
+    for entry in (first, promotion(version), promotion(version, run_id="run 2")):
+        assert tracking.promote(version, entry).in_production
+    assert tracking.history() == [first]
+
+
+def test_a_promotion_that_was_interrupted_is_completed_and_told_once(tracking, monkeypatch):
+    from mlflow import MlflowClient
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    version = passed(tracking, "5")
+    first = promotion(version)
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "set_registered_model_alias", killed)
+        with pytest.raises(KeyboardInterrupt):
+            tracking.promote(version, first)
+    assert tracking.production() is None
+    assert tracking.promote(version, promotion(version)).in_production
+    assert tracking.history() == [first]
+
+
+def test_the_longest_reason_fits_into_a_tag(tracking):
+    version = passed(tracking, "5")
+    tracking.promote(version, promotion(version, reason="語" * 100_000))
+    (entry,) = tracking.history()
+    assert entry.reason == "語" * 1999 + "…"
+    rejected = tracking.decide(version, "rejected", "anna", "語" * 100_000)
+    assert rejected.decision is not None
+    assert len(rejected.decision.reason) == 2000
+
+
+def test_a_tag_that_a_hand_has_spoilt_is_passed_over(tracking):
+    version = tracking.decide(passed(tracking, "5"), "rejected", "anna", "toys")
+    tracking.promote(version, promotion(version))
+    for name in read_again(tracking, version).tags:
+        if name.startswith(("promotion.", "approval.")):
+            set_by_hand(tracking, version, name, "not JSON")
+    spoilt = read_again(tracking, version)
+    assert (spoilt.promotions, spoilt.approval) == ([], "rejected")
+
+
+@given(
+    decisions=st.lists(st.sampled_from(["approved", "rejected", "approved by hand", "rejected by hand"])),
+    verdicts=st.lists(st.sampled_from(["passed", "failed"]), min_size=1, max_size=2),
+)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_last_decision_counts_whoever_took_it(tracking, decisions, verdicts):
+    digit = f"{len(tracking.versions()):064x}"
+    reference = ref("compiled_student", digit[-32:], digit)
+    version = tracking.register(reference, {}, {"verdict": "passed"}, approval="pending")
+    for decision in decisions:
+        if decision.endswith("by hand"):
+            set_by_hand(tracking, version, "approval", decision.split()[0])
+        else:
+            tracking.decide(version, decision, "anna", "because")
+    for verdict in verdicts:
+        version = tracking.register(reference, {}, {"verdict": verdict}, approval="automatic")
+    last = decisions[-1].split()[0] if decisions else "automatic"
+    assert version.approval == last
+    assert version.may_serve == (last in ("approved", "automatic") and verdicts[-1] == "passed")
 
 
 def test_nothing_is_written_outside_the_home(tracking, tmp_path, monkeypatch):

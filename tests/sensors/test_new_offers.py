@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import dagster as dg
 import pytest
 from dagster._core.storage.tags import RUN_KEY_TAG
 
-from ml.artifacts import ArtifactRef
+from ml.artifacts import ArtifactRef, reference, write_manifest
+from resources.artifact_store import FolderArtifactStore
 from resources.environment import resources_for
 from resources.settings import Settings
 from sensors.new_offers import new_offers
@@ -40,16 +42,15 @@ def instance() -> Iterator[dg.DagsterInstance]:
 @pytest.fixture
 def tick(feed_folder: Path, instance: dg.DagsterInstance) -> Tick:
     """One tick; its requests become runs that end as told (``None``: they are never launched)."""
+    take_taxonomy("t1")
 
     def tick(
         cursor: str | None = None, ending: dg.DagsterRunStatus | None = dg.DagsterRunStatus.SUCCESS
     ) -> dg.SensorResult:
-        resources = resources_for(Settings.from_environment())
-        result = new_offers(
-            dg.build_sensor_context(cursor=cursor, instance=instance),
-            offer_feed=resources["offer_feed"],
-            artifact_store=resources["artifact_store"],
-        )
+        known = resources_for(Settings.from_environment())
+        resources = {name: known[name] for name in ("offer_feed", "artifact_store", "compute")}
+        with dg.build_sensor_context(cursor=cursor, instance=instance, resources=resources) as context:
+            result = new_offers(context)
         assert isinstance(result, dg.SensorResult)
         for request in result.run_requests or []:
             if ending is not None:
@@ -66,8 +67,42 @@ def tick(feed_folder: Path, instance: dg.DagsterInstance) -> Tick:
     return tick
 
 
-def deploy_endpoint() -> None:
+def artifact_store() -> FolderArtifactStore:
     store = resources_for(Settings.from_environment())["artifact_store"]
+    assert isinstance(store, FolderArtifactStore)
+    return store
+
+
+def make(kind: str, key: str, taxonomy: str, **metrics: int) -> ArtifactRef:
+    """An artifact that was made with a taxonomy."""
+    folder = artifact_store().destination(kind, key)
+    folder.mkdir(parents=True)
+    write_manifest(
+        folder,
+        kind=kind,
+        key=key,
+        inputs={"catalog_taxonomy": taxonomy},
+        code_version="1",
+        code_revision=None,
+        parameters={},
+        metrics=metrics,
+        seconds=0.0,
+    )
+    return reference(folder)
+
+
+def take_taxonomy(version: str) -> None:
+    artifact_store().write_pointer("taxonomy_change", make("taxonomy_change", version, version))
+
+
+def take_offers(day: str, taxonomy: str, unknown: int) -> None:
+    artifact_store().write_pointer(
+        f"offers/{day}", make("offers", f"{day}-{taxonomy}", taxonomy, unknown_category=unknown)
+    )
+
+
+def deploy_endpoint() -> None:
+    store = artifact_store()
     store.write_pointer("offer_endpoint", ArtifactRef(kind="compiled_student", key="k", digest="d", uri="u"))
 
 
@@ -82,6 +117,14 @@ def jobs(result: dg.SensorResult) -> set[str | None]:
 def reason(result: dg.SensorResult) -> str:
     assert result.skip_reason is not None
     return result.skip_reason.skip_message or ""
+
+
+def test_without_a_taxonomy_no_day_is_taken(tick: Tick) -> None:
+    pointer = next(Path(artifact_store().root).parent.glob("pointers/*/taxonomy_change.json"))
+    pointer.unlink()
+    assert "the sensor taxonomy_changed adopts it first" in reason(tick())
+    take_taxonomy("t2")
+    assert len(days(tick())) == 2
 
 
 def test_the_first_tick_starts_each_day_once(tick: Tick) -> None:
@@ -160,3 +203,54 @@ def test_a_long_feed_is_started_in_portions(tick: Tick, feed_folder: Path) -> No
 def test_offers_that_are_left_out_are_told(tick: Tick, feed_folder: Path) -> None:
     (feed_folder / "old.csv").write_text(HEADER + "9,s,old,2026-10-02\n")
     assert "1 before 2026-11-01" in reason(tick(tick().cursor))
+
+
+def test_days_with_unknown_categories_are_taken_again_with_a_newer_taxonomy(tick: Tick) -> None:
+    """Once per taxonomy, whatever comes of it; the other days are left alone."""
+    cursor = tick().cursor
+    take_offers("2026-11-02", "t1", unknown=3)
+    take_offers("2026-11-03", "t1", unknown=0)
+    assert "nothing new" in reason(tick(cursor))
+    keys = set()
+    for taxonomy in ("t2", "t3"):
+        take_taxonomy(taxonomy)
+        result = tick(cursor)
+        assert days(result) == ["2026-11-02"]
+        keys |= {request.run_key for request in result.run_requests or []}
+        take_offers("2026-11-02", taxonomy, unknown=2)
+        cursor = result.cursor
+        assert "nothing new" in reason(tick(cursor))
+        assert days(tick(ending=None)) == ["2026-11-02", "2026-11-03"]  # the cursor is lost: keys as at first
+    assert len(keys) == 2
+
+
+def test_a_day_that_is_taken_again_has_attempts_of_its_own(tick: Tick) -> None:
+    cursor = tick().cursor
+    take_offers("2026-11-02", "t1", unknown=3)
+    take_taxonomy("t2")
+    runs = 0
+    for _ in range(5):
+        result = tick(cursor, ending=dg.DagsterRunStatus.FAILURE)
+        runs, cursor = runs + len(days(result)), result.cursor
+    assert runs == 3
+
+
+def test_a_day_whose_run_is_under_way_is_not_taken_again_beside_it(
+    tick: Tick, instance: dg.DagsterInstance
+) -> None:
+    cursor = tick(ending=dg.DagsterRunStatus.STARTED).cursor
+    take_offers("2026-11-02", "t1", unknown=3)
+    take_taxonomy("t2")
+    result = tick(cursor)
+    assert "under way" in reason(result)
+    for run in instance.get_runs():
+        instance.report_run_failed(run)
+    assert set(days(tick(result.cursor))) == {"2026-11-02", "2026-11-03"}
+
+
+def test_offers_that_are_gone_are_no_obstacle(tick: Tick) -> None:
+    cursor = tick().cursor
+    take_offers("2026-11-02", "t1", unknown=3)
+    take_taxonomy("t2")
+    shutil.rmtree(artifact_store().destination("offers", "2026-11-02-t1"))
+    assert "nothing new" in reason(tick(cursor))

@@ -1,0 +1,485 @@
+"""The taxonomy changed: follow its newest release, one run per version."""
+
+import datetime
+import time
+from urllib.parse import urlencode
+
+import dagster as dg
+import msgspec
+
+from ml.artifacts import ArtifactRef, short_version
+from ml.errors import InputError
+from ml.taxonomy import Taxonomy
+from ml.taxonomy_change.diff import TaxonomyDiff
+from ml.taxonomy_change.limits import objections
+from ml.taxonomy_change.releases import read_release
+from ml.taxonomy_change.transitions import Transition, Transitions
+from offer_assets.jobs import ADOPT_TAXONOMY, FOLLOW_TAXONOMY, JOBS, REFRESH_NAMES, TRAIN_AND_RELEASE
+from offer_assets.partitions import CPU
+from resources.alerts import Alert, Alerts
+from resources.artifact_store import ArtifactStore
+from resources.compute import Compute
+from resources.taxonomy_policy import TaxonomyPolicy
+from resources.taxonomy_source import FoundRelease, TaxonomySource
+from resources.tracking import RegisteredVersion, Tracking
+from sensors.taxonomy_decision import (
+    ATTEMPT_TAG,
+    BASE_TAG,
+    FINGERPRINT_TAG,
+    NO_BASE,
+    RELEASE_TAG,
+    SUPERSEDED_TAG,
+    Decision,
+    Jobs,
+    KnownRun,
+    RunState,
+    Situation,
+    decide,
+)
+
+_SOURCE = "catalog_taxonomy_source"
+_SOURCE_PAGE = f"/assets/{_SOURCE}"
+_JOBS = Jobs(adopt=ADOPT_TAXONOMY, refresh=REFRESH_NAMES, follow=FOLLOW_TAXONOMY)
+_TAKING = frozenset({ADOPT_TAXONOMY, REFRESH_NAMES, FOLLOW_TAXONOMY})
+_TICKS_UNTIL_ALERT = 3
+"""A source that cannot be read for a moment is no news."""
+
+_FINISHED: dict[dg.DagsterRunStatus, RunState] = {
+    dg.DagsterRunStatus.SUCCESS: "succeeded",
+    dg.DagsterRunStatus.FAILURE: "failed",
+    dg.DagsterRunStatus.CANCELED: "canceled",
+}
+_OPEN = [status for status in dg.DagsterRunStatus if status not in _FINISHED]
+
+
+class Seen(msgspec.Struct, frozen=True, kw_only=True):
+    """The newest release, as long as it stays the same."""
+
+    fingerprint: str
+    since: float
+    """Unix time of the first look."""
+
+
+class Outage(msgspec.Struct, frozen=True, kw_only=True):
+    """Ticks in a row that could not look."""
+
+    since: float
+    ticks: int
+
+
+class Comparison(msgspec.Struct, frozen=True, kw_only=True):
+    """What a valid release is, held against the taxonomy in force."""
+
+    fingerprint: str
+    against: str
+    """Digest of the taxonomy in force; empty before the first."""
+    same: bool
+    """The same tree with the same names, in other words of the file."""
+    only_names: bool
+
+
+class Cursor(msgspec.Struct, frozen=True, kw_only=True):
+    """What the sensor remembers. Losing it costs time and a repeated look, never a second run."""
+
+    seen: Seen | None = None
+    comparison: Comparison | None = None
+    refused: str = ""
+    """Fingerprint of the last release that was refused."""
+    outage: Outage | None = None
+
+
+class InForce(msgspec.Struct, frozen=True, kw_only=True):
+    """The taxonomy that the last change led to."""
+
+    ref: ArtifactRef
+    fingerprint: str
+    """Of its release."""
+    change: ArtifactRef
+    base_before: str
+    """Version of the change before, ``none`` if this is the first."""
+    previous: str | None
+    """Digest of the taxonomy before."""
+    pointer_in_step: bool
+
+
+class RefusedRelease(Exception):
+    """A release that can be read and must not be taken."""
+
+
+@dg.sensor(
+    name="taxonomy_changed",
+    jobs=[job for job in JOBS if job.name in _TAKING],
+    minimum_interval_seconds=30,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="Follows the newest release of the taxonomy once it is settled and valid: takes it while "
+    "there is no model, gives the model its names if only names changed, trains on otherwise. One run per "
+    "version; a run for an older release is canceled first.",
+)
+def taxonomy_changed(
+    context: dg.SensorEvaluationContext,
+    taxonomy_source: TaxonomySource,
+    taxonomy_policy: TaxonomyPolicy,
+    artifact_store: ArtifactStore,
+    compute: Compute,
+    tracking: Tracking,
+    alerts: Alerts,
+) -> dg.SensorResult:
+    """Look, decide, and tell; the run key makes a repeat impossible."""
+    watch = _Watch(context, taxonomy_source, taxonomy_policy, artifact_store, compute, tracking, alerts)
+    try:
+        return watch.tick()
+    except (InputError, dg.Failure) as error:
+        return watch.cannot_look(_line(error))
+
+
+class _Watch:
+    """One tick."""
+
+    def __init__(
+        self,
+        context: dg.SensorEvaluationContext,
+        source: TaxonomySource,
+        policy: TaxonomyPolicy,
+        store: ArtifactStore,
+        compute: Compute,
+        tracking: Tracking,
+        alerts: Alerts,
+    ) -> None:
+        self.instance = context.instance
+        self.log = context.log
+        self.source = source
+        self.policy = policy
+        self.store = store
+        self.compute = compute
+        self.tracking = tracking
+        self.alerts = alerts
+        self.now = time.time()
+        self.cursor = _decode(context.cursor)
+        self.events: list[dg.AssetObservation] = []
+
+    def tick(self) -> dg.SensorResult:
+        """Everything but what to do when something cannot be read.
+
+        Raises:
+            InputError: the source or an artifact cannot be read.
+            dg.Failure: the tracking does not answer.
+        """
+        release = self.source.newest()
+        settled_in = self._settles_in(release)
+        in_force = self._in_force()
+        if in_force is None or in_force.fingerprint != release.fingerprint:
+            if settled_in > 0:
+                return self._skip(
+                    f"release {release.name} of the taxonomy is new: it is looked at when it has been "
+                    f"unchanged for {self.policy.settle_seconds:g} s, in {settled_in:.0f} s"
+                )
+            try:
+                self._compare(release, in_force)
+            except RefusedRelease as refused:
+                return self._refuse(release, str(refused))
+        situation = self._situation(release, in_force)
+        decision = self._with_registry(decide(situation), situation, in_force)
+        if decision.action == "cancel" and settled_in > 0:
+            return self._skip(f"release {release.name} of the taxonomy is back: {settled_in:.0f} s to settle")
+        return self._act(decision)
+
+    def cannot_look(self, line: str) -> dg.SensorResult:
+        """Skip because of ``line``; whoever has to know is told when it stays so."""
+        outage = self.cursor.outage or Outage(since=self.now, ticks=0)
+        outage = msgspec.structs.replace(outage, ticks=outage.ticks + 1)
+        if outage.ticks >= _TICKS_UNTIL_ALERT:
+            since = datetime.datetime.fromtimestamp(outage.since, datetime.UTC).isoformat(timespec="seconds")
+            self.alerts.raise_alert(
+                Alert(
+                    id=f"taxonomy-unreadable:{since}",
+                    severity="ERROR",
+                    title="New releases of the taxonomy cannot be followed",
+                    text=f"Since {since}: {line}. What is in force stays; the next look is in a moment.",
+                    asset=_SOURCE,
+                    link=_SOURCE_PAGE,
+                )
+            )
+        cursor = msgspec.structs.replace(self.cursor, outage=outage)
+        return dg.SensorResult(skip_reason=line, cursor=_encode(cursor), asset_events=self.events)
+
+    def _settles_in(self, release: FoundRelease) -> float:
+        """Seconds until the release counts as settled; one that is seen for the first time is told."""
+        seen = self.cursor.seen
+        if seen is None or seen.fingerprint != release.fingerprint:
+            seen = Seen(fingerprint=release.fingerprint, since=self.now)
+            self._observe(release, {})
+        elif seen.since > self.now:  # the clock was set back
+            seen = msgspec.structs.replace(seen, since=self.now)
+        self.cursor = msgspec.structs.replace(self.cursor, seen=seen)
+        return max(0.0, seen.since + self.policy.settle_seconds - self.now)
+
+    def _in_force(self) -> InForce | None:
+        change = self.store.read_pointer("taxonomy_change")
+        if change is None:
+            return None
+        inputs = self.compute.manifest(change).inputs
+        pointer = self.store.read_pointer("catalog_taxonomy")
+        in_step = pointer is not None and pointer.digest == inputs["catalog_taxonomy"]
+        ref = pointer if pointer and in_step else self.compute.origin(change, "catalog_taxonomy")
+        before = inputs.get("previous_change")
+        return InForce(
+            ref=ref,
+            fingerprint=str(self.compute.manifest(ref).parameters["fingerprint"]),
+            change=change,
+            base_before=short_version(before) if before else NO_BASE,
+            previous=inputs.get("previous_taxonomy"),
+            pointer_in_step=in_step,
+        )
+
+    def _compare(self, release: FoundRelease, in_force: InForce | None) -> None:
+        """Read the release and hold it against what is in force, once for both.
+
+        A refusal is not remembered: another limit, or another look, may lead to another result.
+
+        Raises:
+            RefusedRelease: it is broken, or a limit speaks against it.
+        """
+        against = in_force.ref.digest if in_force else ""
+        known = self.cursor.comparison
+        if known and (known.fingerprint, known.against) == (release.fingerprint, against):
+            return
+        old: Taxonomy | None = None
+        earlier: list[Transition] = []
+        if in_force is not None:
+            old = Taxonomy.load(self.compute.folder(in_force.ref))
+            earlier = Transitions.read(self.compute.folder(in_force.change)).transitions
+        new, mapping = self._read(release)
+        found = objections(old, new, mapping, earlier, self.policy.limits())
+        if found:
+            raise RefusedRelease(" ".join(found))
+        diff = TaxonomyDiff.between(old, new) if old is not None else None
+        comparison = Comparison(
+            fingerprint=release.fingerprint,
+            against=against,
+            same=diff is not None and diff.is_empty,
+            only_names=diff is not None and diff.only_names,
+        )
+        self.cursor = msgspec.structs.replace(self.cursor, comparison=comparison, refused="")
+
+    def _read(self, release: FoundRelease) -> tuple[Taxonomy, list[tuple[str, str]]]:
+        """The content of the release.
+
+        Raises:
+            InputError: the source cannot be read (any more), or holds something else by now.
+            RefusedRelease: it can be read, and is broken.
+        """
+        try:
+            return read_release(release.files, release.source)
+        except InputError:
+            # A broken release is broken at the second look too; anything else is the network's fault.
+            if self.source.newest().fingerprint != release.fingerprint:
+                raise InputError(f"release {release.name} changed while it was read") from None
+        try:
+            return read_release(release.files, release.source)
+        except InputError as error:
+            raise RefusedRelease(_line(error)) from None
+
+    def _refuse(self, release: FoundRelease, why: str) -> dg.SensorResult:
+        """Start nothing; tell it once."""
+        line = f"release {release.name} of the taxonomy is refused: {why}"
+        if self.cursor.refused != release.fingerprint:
+            self._observe(release, {"refused": why})
+            self.cursor = msgspec.structs.replace(self.cursor, refused=release.fingerprint)
+        self.alerts.raise_alert(
+            Alert(
+                id=f"taxonomy-refused:{release.fingerprint[:12]}",
+                severity="ERROR",
+                title=f"Release {release.name} of the taxonomy is refused",
+                text=f"{why} Nothing was started and what is in force stays. Correct the release, deliver a "
+                "newer one, or run adopt_taxonomy with accept_objections if a limit is in the way and it "
+                "is meant so.",
+                asset=_SOURCE,
+                link=_SOURCE_PAGE,
+            )
+        )
+        return self._skip(line)
+
+    def _situation(self, release: FoundRelease, in_force: InForce | None) -> Situation:
+        comparison = self.cursor.comparison
+        fingerprint, only_names = release.fingerprint, False
+        endpoint = self.store.read_pointer("offer_endpoint")
+        served = self._taxonomy_of(endpoint) if endpoint else None
+        if in_force is not None and in_force.fingerprint == fingerprint:
+            only_names = served == in_force.previous and bool(in_force.change.metrics.get("only_names"))
+        elif comparison is not None:
+            only_names = comparison.only_names
+            if in_force is not None and comparison.same:
+                fingerprint = in_force.fingerprint
+        return Situation(
+            jobs=_JOBS,
+            release=release.name,
+            fingerprint=fingerprint,
+            in_force=in_force.fingerprint if in_force else None,
+            base=in_force.change.version if in_force else NO_BASE,
+            base_before=in_force.base_before if in_force else NO_BASE,
+            pointer_in_step=in_force is None or in_force.pointer_in_step,
+            serves=endpoint is not None,
+            serves_in_force=in_force is not None and served == in_force.ref.digest,
+            only_names=only_names,
+            runs=_known_runs(self.instance, fingerprint),
+        )
+
+    def _with_registry(self, decision: Decision, situation: Situation, in_force: InForce | None) -> Decision:
+        """``decision``, unless the model registry says that the work was done, or refused for good.
+
+        The registry is asked only before a model would be trained for a taxonomy that is taken already.
+        """
+        request = decision.request
+        if request is None or request.job == ADOPT_TAXONOMY:
+            return decision
+        if in_force is None or in_force.fingerprint != situation.fingerprint:
+            return decision
+        production = self.tracking.production()
+        if production is not None and self._taxonomy_of(production.ref) == in_force.ref.digest:
+            return Decision(
+                action="nothing",
+                reason=f"release {request.release} of the taxonomy is in force, with a model that knows it",
+            )
+        refused = self._refused_version(in_force) if request.attempt > 1 else None
+        if refused is None:
+            return decision
+        why = "was rejected" if refused.passed else "did not pass the gate"
+        reason = (
+            f"model version {refused.model_version}, trained for release {request.release}, {why} and is not "
+            "served; what was serving goes on serving"
+        )
+        self.alerts.raise_alert(
+            Alert(
+                id=f"taxonomy-gate:{request.fingerprint[:12]}:{refused.model_version}",
+                severity="ERROR",
+                title=f"The model for release {request.release} of the taxonomy {why}",
+                text=f"The {reason}. See the gate of model_version, then train with more labelled offers or "
+                "deliver a corrected release.",
+                asset="model_version",
+                link="/assets/model_version",
+            )
+        )
+        return Decision(action="leave", reason=reason)
+
+    def _refused_version(self, in_force: InForce) -> RegisteredVersion | None:
+        """The last model version, if it knows the taxonomy in force and gate or people refused it."""
+        candidate = self.store.read_pointer("model_version")
+        if candidate is None or self._taxonomy_of(candidate) != in_force.ref.digest:
+            return None
+        found = self.tracking.version_of(candidate)
+        if found is None or found.may_serve:
+            return None
+        # One that waits for a decision is not refused: its run failed for another reason.
+        return found if not found.passed or found.approval == "rejected" else None
+
+    def _act(self, decision: Decision) -> dg.SensorResult:
+        for run in decision.cancel:
+            self._cancel(run)
+        request = decision.request
+        if decision.action == "give_up" and request is not None:
+            self.alerts.raise_alert(
+                Alert(
+                    id=f"taxonomy-gave-up:{request.fingerprint[:12]}:{request.base}:{request.job}",
+                    severity="ERROR",
+                    title=f"Release {request.release} of the taxonomy could not be followed",
+                    text=f"The sensor {decision.reason}. What was serving goes on serving.",
+                    asset="catalog_taxonomy",
+                    link="/runs?" + urlencode({"q[0]": f"tag:{FINGERPRINT_TAG}={request.fingerprint}"}),
+                )
+            )
+        if decision.action != "start" or request is None:
+            return self._skip(decision.reason)
+        self.log.info(f"starting {request.job}: {decision.reason}")
+        return dg.SensorResult(
+            run_requests=[
+                dg.RunRequest(
+                    run_key=request.run_key,
+                    job_name=request.job,
+                    tags=request.tags,
+                    partition_key=CPU if request.job == FOLLOW_TAXONOMY else None,
+                )
+            ],
+            cursor=self._cursor_after_a_look(),
+            asset_events=self.events,
+        )
+
+    def _cancel(self, run: KnownRun) -> None:
+        """Ask for the end of a run; one that cannot be ended is waited for."""
+        seen = self.cursor.seen
+        newer = seen.fingerprint if seen else ""
+        try:
+            self.instance.add_run_tags(run.run_id, {SUPERSEDED_TAG: newer})
+            ended = self.instance.run_coordinator.cancel_run(run.run_id)
+        except Exception as error:  # whatever the launcher raises: a sensor must outlive it
+            self.log.warning(f"run {run.run_id} cannot be canceled: {_line(error)}")
+        else:
+            self.log.info(f"run {run.run_id} {'is being canceled' if ended else 'cannot be canceled'}")
+
+    def _taxonomy_of(self, model: ArtifactRef) -> str | None:
+        """Digest of the taxonomy that a model knows."""
+        return self.compute.manifest(model).inputs.get("catalog_taxonomy")
+
+    def _observe(self, release: FoundRelease, more: dict[str, str]) -> None:
+        self.events.append(
+            dg.AssetObservation(
+                asset_key=_SOURCE,
+                description=f"release {release.name}",
+                metadata={
+                    "release": release.name,
+                    "source": release.source,
+                    "fingerprint": release.fingerprint,
+                    **more,
+                },
+            )
+        )
+
+    def _skip(self, reason: str) -> dg.SensorResult:
+        return dg.SensorResult(
+            skip_reason=reason, cursor=self._cursor_after_a_look(), asset_events=self.events
+        )
+
+    def _cursor_after_a_look(self) -> str:
+        return _encode(msgspec.structs.replace(self.cursor, outage=None))
+
+
+def _known_runs(instance: dg.DagsterInstance, fingerprint: str) -> list[KnownRun]:
+    """Runs for this release, and every open one that takes a release or trains."""
+    for_release = instance.get_runs(filters=dg.RunsFilter(tags={FINGERPRINT_TAG: fingerprint}))
+    under_way = [
+        run
+        for run in instance.get_runs(filters=dg.RunsFilter(statuses=_OPEN))
+        if run.job_name in _TAKING or run.job_name == TRAIN_AND_RELEASE
+    ]
+    return [_known(run) for run in {run.run_id: run for run in [*for_release, *under_way]}.values()]
+
+
+def _known(run: dg.DagsterRun) -> KnownRun:
+    attempt = run.tags.get(ATTEMPT_TAG, "1")
+    return KnownRun(
+        run_id=run.run_id,
+        job=run.job_name,
+        state=_FINISHED.get(run.status, "open"),
+        cancelable=run.is_cancelable,
+        fingerprint=run.tags.get(FINGERPRINT_TAG),
+        release=run.tags.get(RELEASE_TAG, ""),
+        base=run.tags.get(BASE_TAG, ""),
+        attempt=int(attempt) if attempt.isdecimal() else 1,
+        superseded=SUPERSEDED_TAG in run.tags,
+    )
+
+
+def _decode(cursor: str | None) -> Cursor:
+    """The cursor; one that cannot be read is forgotten."""
+    try:
+        return msgspec.json.decode(cursor, type=Cursor) if cursor else Cursor()
+    except msgspec.DecodeError:
+        return Cursor()
+
+
+def _encode(cursor: Cursor) -> str:
+    return msgspec.json.encode(cursor).decode()
+
+
+def _line(error: BaseException) -> str:
+    text = error.description if isinstance(error, dg.Failure) and error.description else str(error)
+    return text.strip().split("\n", maxsplit=1)[0] or type(error).__name__
