@@ -83,12 +83,7 @@ def parameters_of(stage: Stage, given: Mapping[str, Any]) -> Parameters:
 
 def key_of(stage: Stage, parameters: Parameters, input_digests: Mapping[str, str]) -> str:
     """Key of the artifact that ``stage`` makes of these inputs and parameters."""
-    relevant = {
-        field.name: msgspec.to_builtins(getattr(parameters, field.name))
-        for field in msgspec.structs.fields(stage.parameters)
-        if not _is_operational(field.type)
-    }
-    return artifact_key(stage.name, stage.version, relevant, input_digests)
+    return artifact_key(stage.name, stage.version, _relevant(stage, parameters), input_digests)
 
 
 def run_stage(spec: StageSpec, progress: Progress | None = None) -> ArtifactRef:
@@ -128,7 +123,7 @@ def run_stage(spec: StageSpec, progress: Progress | None = None) -> ArtifactRef:
             inputs=digests,
             code_version=stage.version,
             code_revision=code_revision(),
-            parameters=msgspec.to_builtins(parameters),
+            parameters=_relevant(stage, parameters),
             metrics=metrics,
             seconds=time.monotonic() - started_at,
         )
@@ -176,6 +171,15 @@ def _forget_other_work(workspace: Path, key: str) -> None:
     if not mark.exists() or mark.read_text(encoding="utf-8") != key:
         shutil.rmtree(workspace / "checkpoints", ignore_errors=True)
         mark.write_text(key, encoding="utf-8")
+
+
+def _relevant(stage: Stage, parameters: Parameters) -> dict[str, Any]:
+    """Parameters that decide what comes out. The others may hold credentials (addresses of files, say)."""
+    return {
+        field.name: msgspec.to_builtins(getattr(parameters, field.name))
+        for field in msgspec.structs.fields(stage.parameters)
+        if not _is_operational(field.type)
+    }
 
 
 def _is_operational(annotation: Any) -> bool:

@@ -44,7 +44,8 @@ class TaxonomyFile(msgspec.Struct, frozen=True, kw_only=True):
 
     uri: str
     role: Literal["tree", "names", "mapping"]
-    """The tree itself, its names in one more locale, or where the ids of the release before went."""
+    """The tree itself, its names in one more locale, or where the ids of the release before went. Trees
+    and mappings of earlier releases may come before those of the release itself."""
     locale: str = ""
     """Of a file of names."""
 
@@ -77,6 +78,14 @@ class TaxonomyChangeParameters(Parameters, frozen=True, kw_only=True):
     offers_judged: Annotated[
         Count, Meta(description="Labelled offers of a removed category that the teacher looks at, at most.")
     ] = 200
+    adopted_on: Annotated[
+        str,
+        Meta(
+            pattern=r"^(\d{4}-\d{2}-\d{2})?$",
+            description="ISO date on which the release is taken: labels up to that day are of the version "
+            "before. Empty: the version that a day was taken with decides alone.",
+        ),
+    ] = ""
     seed: Seed = 17
 
 
@@ -219,7 +228,7 @@ class StudentParameters(Parameters, frozen=True, kw_only=True):
     learning_rate: Annotated[float, Meta(gt=0, description="Peak rate of the encoder (AdamW).")] = 2e-4
     head_learning_rate: Annotated[float, Meta(gt=0, description="Peak rate of the output layer.")] = 1e-3
     label_weight: Annotated[
-        Share, Meta(description="Weight of human labels beside the teacher's, on labelled offers.")
+        Share, Meta(description="Weight of labels beside the teacher's word, on labelled offers.")
     ] = 0.3
     temperature: Annotated[float, Meta(gt=0, description="Softens both sides of the distillation loss.")] = (
         1.0
@@ -248,7 +257,7 @@ class EvaluationParameters(Parameters, frozen=True, kw_only=True):
     batch_size: Count = 64
     bootstrap: Annotated[Count, Meta(description="Resamples behind each confidence interval.")] = 500
     min_segment_offers: Annotated[
-        Count, Meta(description="Segments with fewer offers are not compared with production.")
+        Count, Meta(description="Segments with fewer offers (or 10 products) are not compared.")
     ] = 30
     seed: Seed = 17
 
@@ -318,7 +327,7 @@ class Stage:
 _CATALOGUE = (
     Stage(
         name="catalog_taxonomy",
-        version="1",
+        version="2",
         summary="Read and validate a release of the category tree.",
         entry_point="ml.taxonomy_change.releases:write_taxonomy",
         parameters=TaxonomyParameters,
@@ -373,7 +382,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="training_sample",
-        version="2",
+        version="3",
         summary="Draw the capped training sample, apart from everything in the evaluation set.",
         entry_point="ml.sampling.stages:write_training_sample",
         parameters=TrainingSampleParameters,
@@ -382,7 +391,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="teacher_checkpoint",
-        version="1",
+        version="2",
         summary="Fine-tune the large encoder on the labelled offers.",
         entry_point="ml.learning.teacher:train_teacher",
         parameters=TeacherParameters,
@@ -401,7 +410,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="fast_checkpoint",
-        version="1",
+        version="2",
         summary="Train the traditional model: n-grams and a linear classifier.",
         entry_point="ml.learning.fast_model:train_fast_model",
         parameters=FastModelParameters,
@@ -410,7 +419,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="student_checkpoint",
-        version="1",
+        version="2",
         summary="Distil the teacher into a small encoder.",
         entry_point="ml.learning.student:train_student",
         parameters=StudentParameters,
@@ -420,7 +429,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="student_evaluation",
-        version="2",
+        version="3",
         summary="Measure teacher, student, fast model and the version in production on the evaluation set.",
         entry_point="ml.evaluation.stage:evaluate_student",
         parameters=EvaluationParameters,

@@ -106,6 +106,18 @@ def _history(settings: Settings, _options: argparse.Namespace) -> int:
     return 0
 
 
+def _alerts(settings: Settings, _options: argparse.Namespace) -> int:
+    """List what somebody should look at, oldest first."""
+    from resources.environment import resources_for
+
+    alerts = resources_for(settings)["alerts"].alerts()
+    for alert in alerts:
+        print(f"{alert.raised_at[:19]}Z  {alert.severity:<5}  {alert.title}\n    {alert.text}")
+    if not alerts:
+        print("there are no alerts")
+    return 0
+
+
 def _approve(settings: Settings, options: argparse.Namespace) -> int:
     """Approve a version, so that it is served."""
     from offer_assets.versions import approve
@@ -180,6 +192,7 @@ _COMMANDS = {
     "stop": _stop,
     "versions": _versions,
     "history": _history,
+    "alerts": _alerts,
     "approve": _approve,
     "reject": _reject,
     "rollback": _rollback,

@@ -46,6 +46,7 @@ def build_defs(settings: Settings, **resource_overrides: Any) -> dg.Definitions:
         ],
         asset_checks=[
             taxonomy.new_categories_have_labelled_offers,
+            taxonomy.renames_keep_their_meaning,
             *feed.feed_checks(days),
             sampling.no_product_is_on_both_sides,
             sampling.sampled_labels_exist_in_taxonomy,

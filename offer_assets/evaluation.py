@@ -14,7 +14,7 @@ from offer_assets.checks import check_result
 from offer_assets.metadata import materialization, picture, row_count, table
 from offer_assets.taxonomy import taxonomy_in_force
 from resources.compute import Compute
-from resources.tracking import Tracking
+from resources.tracking import RegisteredVersion, Tracking
 
 
 @dg.asset(
@@ -105,9 +105,10 @@ def metrics_for_the_gate(evaluation: ArtifactRef, compute: Compute, tracking: Tr
     return {**evaluation.metrics, "student_is_production": _is_in_production(evaluated, compute, tracking)}
 
 
+def student_of(version: RegisteredVersion | None, compute: Compute) -> str:
+    """Digest of the student that a version was made of, whatever its names; empty for no version."""
+    return compute.manifest(version.ref).inputs["student_checkpoint"] if version else ""
+
+
 def _is_in_production(student_digest: str, compute: Compute, tracking: Tracking) -> bool:
-    production = tracking.production()
-    return (
-        production is not None
-        and compute.manifest(production.ref).inputs["student_checkpoint"] == student_digest
-    )
+    return student_of(tracking.production(), compute) == student_digest

@@ -10,11 +10,16 @@ import dagster as dg
 import yaml
 from dagster import DagsterRunStatus, RunsFilter
 
+from resources.artifact_store import ArtifactStore, FolderArtifactStore
 from resources.processes import started_at
 from resources.settings import Settings
 
 _ROOT_DAGSTER_YAML = Path(__file__).resolve().parent.parent / "dagster.yaml"
+FEED_TAG = "offer_assets/feed"
+"""Tag of a run that changes pointers: whose, as several feeds may share a home."""
+
 _PROCESS_TAG = "offer_assets/process"
+_RUN_IN_PROCESS_TAG = "offer_assets/run_in_process"
 _IN_PROGRESS = [DagsterRunStatus.STARTING, DagsterRunStatus.STARTED, DagsterRunStatus.CANCELING]
 
 
@@ -40,7 +45,7 @@ def instance_for(settings: Settings) -> dg.DagsterInstance:
     """The instance that the UI, the daemon and the headless run share; dead headless runs are failed."""
     prepare_dagster_home(settings)
     instance = dg.DagsterInstance.get()
-    _fail_dead_runs(instance, headless_only=True)
+    fail_dead_runs(instance)
     return instance
 
 
@@ -58,21 +63,47 @@ def instance_of_the_ui(settings: Settings) -> None:
     except BlockingIOError:
         return
     with dg.DagsterInstance.get() as instance:
-        _fail_dead_runs(instance, headless_only=False)
+        fail_dead_runs(instance, without_process_too=True)
 
 
-def process_tag() -> dict[str, str]:
-    """Tag of a run that lives in this process, by which a later one can tell that it died."""
-    return {_PROCESS_TAG: f"{os.getpid()} {started_at(os.getpid())}"}
+def process_tag(run_id: str | None = None) -> dict[str, str]:
+    """Tag of a run that lives in this process, by which a later one can tell that it died.
+
+    Args:
+        run_id: Of the run, where it is known: Dagster copies tags to the run that repeats a failed one.
+    """
+    process = {_PROCESS_TAG: f"{os.getpid()} {started_at(os.getpid())}"}
+    return process | ({_RUN_IN_PROCESS_TAG: run_id} if run_id else {})
 
 
-def _fail_dead_runs(instance: dg.DagsterInstance, *, headless_only: bool) -> None:
+def feed_tag(store: ArtifactStore) -> dict[str, str]:
+    """Tag of a run that changes the pointers of ``store``; none where they have one owner."""
+    return {FEED_TAG: store.feed} if isinstance(store, FolderArtifactStore) else {}
+
+
+def fail_dead_runs(instance: dg.DagsterInstance, *, without_process_too: bool = False) -> None:
+    """Fail the unfinished runs whose process is gone.
+
+    Args:
+        instance: Where the runs are.
+        without_process_too: Also those that nothing is known of; only right where no other process of
+            Dagster is alive.
+    """
     for run in instance.get_runs(RunsFilter(statuses=_IN_PROGRESS)):
-        process = run.tags.get(_PROCESS_TAG)
-        if process is None and headless_only:
+        process = _process_of(run)
+        if _is_alive(process) if process else not without_process_too:
             continue
-        if process is None or not _is_alive(process):
-            instance.report_run_failed(run, "The process of this run was killed; what it made is kept.")
+        # It may have come to its end since it was listed.
+        again = instance.get_run_by_id(run.run_id)
+        if again is not None and again.status in _IN_PROGRESS:
+            instance.report_run_failed(again, "The process of this run was killed; what it made is kept.")
+
+
+def _process_of(run: dg.DagsterRun) -> str | None:
+    """The process tag of the run, unless it was copied from the run that it repeats."""
+    copied = run.tags.get(_RUN_IN_PROCESS_TAG, run.run_id) != run.run_id
+    unclear = _RUN_IN_PROCESS_TAG not in run.tags and run.parent_run_id is not None
+    return None if copied or unclear else run.tags.get(_PROCESS_TAG)
 
 
 def _is_alive(process: str) -> bool:

@@ -2,9 +2,11 @@
 
 import dagster as dg
 
+from offer_assets.instance import FEED_TAG, feed_tag
 from offer_assets.models import WARM
 from offer_assets.partitions import CPU
 from offer_assets.release import PRODUCTION
+from resources.artifact_store import ArtifactStore
 
 ADOPT_TAXONOMY = "adopt_taxonomy"
 REFRESH_NAMES = "refresh_names"
@@ -14,6 +16,8 @@ TRAIN_AND_RELEASE = "train_and_release"
 START_ENDPOINT = "start_endpoint"
 CATALOGUE_DAY = "catalogue_day"
 PROCESS_DAY = "process_day"
+
+FINISHED = frozenset({dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED})
 
 _TAXONOMY = ("catalog_taxonomy", "taxonomy_change")
 _INGESTION = ("raw_offers", "offers", "quarantined_offers")
@@ -30,6 +34,7 @@ _TRAINING = (
 )
 _RELEASE = ("model_version", "offer_endpoint")
 _CATALOGUING = ("catalogued_offers", "drift_report")
+_EXCLUSIVE = frozenset({ADOPT_TAXONOMY, REFRESH_NAMES, FOLLOW_TAXONOMY, TRAIN_AND_RELEASE})
 
 adopt_taxonomy = dg.define_asset_job(
     ADOPT_TAXONOMY,
@@ -102,11 +107,28 @@ JOBS = [
     cron_schedule="0 3 * * 0",
     execution_timezone="UTC",
     default_status=dg.DefaultScheduleStatus.RUNNING,
-    description="Every Sunday at 03:00 UTC, train on the newest sample; unchanged inputs make nothing new.",
+    description="Every Sunday at 03:00 UTC, train on the newest sample; unchanged inputs make nothing new. "
+    "Left out while a release of the taxonomy is taken or a model is trained.",
 )
-def weekly_training(context: dg.ScheduleEvaluationContext) -> dg.RunRequest:
-    """One run a week for the target that serves here."""
-    return dg.RunRequest(run_key=f"{context.scheduled_execution_time:%Y-%m-%d}", partition_key=CPU)
+def weekly_training(
+    context: dg.ScheduleEvaluationContext, artifact_store: ArtifactStore
+) -> dg.RunRequest | dg.SkipReason:
+    """One run a week for the target that serves here, unless another run changes the same pointers."""
+    feed = feed_tag(artifact_store)
+    if (run := next(iter(open_trainings(context.instance, feed)), None)) is not None:
+        return dg.SkipReason(f"run {run.run_id[:8]} of {run.job_name} is not finished: it trains, or has to")
+    return dg.RunRequest(run_key=f"{context.scheduled_execution_time:%Y-%m-%d}", partition_key=CPU, tags=feed)
+
+
+def open_trainings(instance: dg.DagsterInstance, feed: dict[str, str]) -> list[dg.DagsterRun]:
+    """Unfinished runs that take a release of the taxonomy or train, of this feed or of an unknown one."""
+    unfinished = [status for status in dg.DagsterRunStatus if status not in FINISHED]
+    mine = feed.get(FEED_TAG)
+    return [
+        run
+        for run in instance.get_runs(filters=dg.RunsFilter(statuses=unfinished))
+        if run.job_name in _EXCLUSIVE and run.tags.get(FEED_TAG, mine) == mine
+    ]
 
 
 SCHEDULES = [weekly_training]

@@ -43,5 +43,5 @@ DRIFT_ERROR_SHARE = 0.3
 ENDPOINT_SAMPLE_OFFERS = 200
 """Evaluation offers on which the endpoint has to answer like the artifact it serves."""
 
-RELEASE_CODE_VERSION = "1"
+RELEASE_CODE_VERSION = "2"
 """Raised when registering or deploying comes to mean something else; the stages have their own versions."""

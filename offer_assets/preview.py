@@ -2,9 +2,9 @@
 
 import dagster as dg
 
-from ml.stages import TaxonomyChangeParameters, TaxonomyParameters
+from ml.stages import TaxonomyParameters
 from ml.taxonomy_change.change import read_change
-from offer_assets.taxonomy import change_inputs, describe_change, objections_to
+from offer_assets.taxonomy import change_inputs, change_parameters, describe_change, objections_to
 from resources.artifact_store import ArtifactStore
 from resources.compute import Compute
 from resources.taxonomy_policy import TaxonomyPolicy
@@ -30,11 +30,11 @@ def preview_newest_release(
     )
     taxonomy = compute.run(context, "catalog_taxonomy", {}, parameters)
     inputs = change_inputs(taxonomy.ref, artifact_store, compute, tracking)
-    result = compute.run(context, "taxonomy_change", inputs, TaxonomyChangeParameters())
+    result = compute.run(context, "taxonomy_change", inputs, change_parameters())
     change = read_change(compute.folder(result.ref))
     for impact in change.impact:
         context.log.info(impact.sentence)
-    found = objections_to(taxonomy, artifact_store, compute, taxonomy_policy)
+    found = objections_to(release, taxonomy.ref, artifact_store, compute, taxonomy_policy)
     for objection in found:
         context.log.warning(f"would be refused: {objection}")
     if not change.impact:

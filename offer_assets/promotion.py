@@ -105,11 +105,25 @@ def roll_back(
     """Serve an earlier version again, and reject the one in production so that it does not come back."""
     if not config.by.strip() or not config.reason.strip():
         raise InputError("by or reason is empty: who rolls back and why is kept in the registry; give both")
+    with endpoints.releasing():
+        _roll_back(context, config, tracking, artifact_store, compute, endpoints)
+
+
+def _roll_back(
+    context: dg.OpExecutionContext,
+    config: RollbackRequest,
+    tracking: Tracking,
+    artifact_store: ArtifactStore,
+    compute: Compute,
+    endpoints: Endpoints,
+) -> None:
     current = tracking.production()
     if current is None:
         raise InputError("there is no version in production to roll back from; run train_and_release first")
     wanted = _found(tracking, config.version) if config.version.strip() else None
-    target, earlier = rollback_target(tracking.versions(), current, wanted)
+    model = model_of(current.ref, compute)
+    others = [version for version in tracking.versions() if model_of(version.ref, compute) != model]
+    target, earlier = rollback_target(others, current, wanted)
     folder = compute.folder(target.ref)
     settings = msgspec.json.decode((folder / "model.json").read_bytes())
     check_text_version(folder, str(settings.get("text_version")))
@@ -174,7 +188,7 @@ def rollback_target(
     """The version to go back to, and how it last went into production.
 
     Args:
-        versions: All of the model.
+        versions: Those that may be gone back to where none is wanted: of other models than ``current``.
         current: The one in production.
         target: The one that is wanted; None: the last one before ``current`` that nobody has rejected.
 
@@ -227,6 +241,16 @@ def make_next(version: RegisteredVersion, artifact_store: ArtifactStore) -> dg.A
     decision = version.decision
     told = {"by": decision.by, "reason": decision.reason} if decision is not None else {}
     return _materialization(MODEL_VERSION, version, {"approval": version.approval, **told})
+
+
+def model_of(ref: ArtifactRef, compute: Compute) -> str:
+    """Digest of the compiled student that a model is, under whatever names."""
+    if ref.kind != "renamed_student":
+        return ref.digest
+    try:
+        return compute.manifest(ref).inputs["compiled_student"]
+    except InputError:  # it is gone, and cannot be served either
+        return ref.digest
 
 
 def name_of(version: RegisteredVersion) -> str:

@@ -16,14 +16,15 @@ from ml.stages import RenamedStudentParameters
 from ml.taxonomy import Taxonomy
 from ml.taxonomy_change.diff import TaxonomyDiff
 from offer_assets import policies
-from offer_assets.evaluation import metrics_for_the_gate
+from offer_assets.evaluation import metrics_for_the_gate, student_of
 from offer_assets.metadata import table
 from offer_assets.partitions import CPU
-from offer_assets.promotion import ReleasePolicy, name_of, served_metadata
+from offer_assets.promotion import ReleasePolicy, model_of, name_of, served_metadata
 from offer_assets.taxonomy import taxonomy_in_force
+from resources.artifact_store import ArtifactStore
 from resources.compute import Compute
 from resources.endpoints import Endpoints
-from resources.tracking import Promotion, RegisteredVersion, Tracking, now
+from resources.tracking import Decision, Promotion, RegisteredVersion, Tracking, now
 
 _REQUEST_BYTES = 4 << 20
 """Well below what an endpoint accepts (6,291,456)."""
@@ -31,6 +32,9 @@ _REQUEST_BYTES = 4 << 20
 _SENT_CHARACTERS = 10_000
 """Of each column; the text that a model reads is made of far fewer."""
 
+
+CHAMPION_TAG = "champion"
+"""Of a registered version: digest of the student that was in production when the gate judged it."""
 
 NEWEST, PRODUCTION = "newest", "production"
 
@@ -66,6 +70,7 @@ def model_version(
     if config.model == PRODUCTION:
         return _production_renamed(context, taxonomy_change, compute, tracking)
     _refuse_if_not_of_one_student(compute, student_evaluation, compiled_student)
+    champion = _champion_of(student_evaluation, compute, tracking)
     verdict = gate.judge(
         metrics_for_the_gate(student_evaluation, compute, tracking), compiled_student.metrics, policies.GATE
     )
@@ -73,8 +78,13 @@ def model_version(
     registered = tracking.register(
         model,
         metrics=student_evaluation.metrics,
-        tags={"verdict": "passed" if verdict.passed else "failed", "evaluation": student_evaluation.digest},
+        tags={
+            "verdict": "passed" if verdict.passed else "failed",
+            "evaluation": student_evaluation.digest,
+            CHAMPION_TAG: champion,
+        },
         approval=release_policy.at_registration if verdict.passed else None,
+        carried=_last_decision(model, compute, tracking),
     )
     propositions = [
         {"proposition": p.name, "passed": p.passed, "value": p.value, "limit": p.limit}
@@ -94,31 +104,39 @@ def model_version(
 def offer_endpoint(
     context: dg.AssetExecutionContext,
     model_version: ArtifactRef,
+    artifact_store: ArtifactStore,
     compute: Compute,
     tracking: Tracking,
     endpoints: Endpoints,
 ) -> Iterator[dg.MaterializeResult]:
     """Live endpoint with the registered version; one that the gate or a person refused is not served."""
-    registered = tracking.version_of(model_version)
-    before = tracking.production()
-    if registered is None or not registered.may_serve:
-        _keep_serving(context, before, compute, endpoints)
-        if registered is None or (objection := _objection(registered)):
-            line = objection if registered else f"model version {model_version.version} is not registered"
-            raise dg.Failure(f"{line}. What was serving goes on serving.", allow_retries=False)
-        context.log.warning(
-            f"{name_of(registered)} passed the gate and waits for a decision: run the job decide_version, or "
-            f"`python -m offer_assets approve {registered.version} --reason …`. "
-            "What was serving goes on serving."
+    # The result is yielded in here as well: its pointer is written before anybody else may release.
+    with endpoints.releasing():
+        version = tracking.version_of(model_version)
+        before = tracking.production()
+        if version is None:
+            objection = f"model version {model_version.version} is not registered"
+        elif not (objection := _objection(version) or _overtaken(version, before, compute, tracking)):
+            change = artifact_store.read_pointer("taxonomy_change")
+            version = _under_names_in_force(context, version, change, compute, tracking)
+            objection = _objection(version)
+        if version is None or objection or not version.may_serve:
+            _keep_serving(context, before, compute, endpoints)
+            if version is None or objection:
+                raise dg.Failure(f"{objection}. What was serving goes on serving.", allow_retries=False)
+            context.log.warning(
+                f"{name_of(version)} passed the gate and waits for a decision: run the job "
+                f"decide_version, or `python -m offer_assets approve {version.version} --reason …`. "
+                "What was serving goes on serving."
+            )
+            return
+        status = endpoints.deploy(compute.folder(version.ref), version.ref)
+        promoted = tracking.promote(version, _promotion(context, version, before, compute))
+        yield dg.MaterializeResult(
+            value=version.ref,
+            data_version=dg.DataVersion(version.ref.digest),
+            metadata=served_metadata(status, promoted, tracking.history()),
         )
-        return
-    status = endpoints.deploy(compute.folder(model_version), model_version)
-    promoted = tracking.promote(registered, _promotion(context, registered, before, compute))
-    yield dg.MaterializeResult(
-        value=model_version,
-        data_version=dg.DataVersion(model_version.digest),
-        metadata=served_metadata(status, promoted, tracking.history()),
-    )
 
 
 @dg.asset_check(asset="offer_endpoint")
@@ -208,17 +226,54 @@ def _production_renamed(
     production = tracking.production()
     if production is None:
         raise dg.Failure("no version is in production whose names could be refreshed", allow_retries=False)
-    compiled = production.ref
-    if compiled.kind == "renamed_student":
-        compiled = compute.origin(compiled, "compiled_student")
-    model = _with_names_in_force(context, compiled, taxonomy_change, compute)
-    registered = tracking.register(
-        model,
-        metrics=production.metrics,
-        tags={name: production.tags[name] for name in ("verdict", "evaluation")},
-        approval="automatic",
-    )
+    model = _with_names_in_force(context, production.ref, taxonomy_change, compute)
+    champion = student_of(production, compute)
+    registered = _register_under_other_names(model, production, champion, tracking)
     return _registered(model, registered, renamed=name_of(production))
+
+
+def _under_names_in_force(
+    context: dg.AssetExecutionContext,
+    version: RegisteredVersion,
+    taxonomy_change: ArtifactRef | None,
+    compute: Compute,
+    tracking: Tracking,
+) -> RegisteredVersion:
+    """What is served for a version: its copy, if names changed while it waited for a person.
+
+    The version in production stays as it is, so that a way back to other names lasts.
+    """
+    if taxonomy_change is None or version.in_production or not version.may_serve:
+        return version
+    model = _with_names_in_force(context, version.ref, taxonomy_change, compute)
+    if model.digest == version.ref.digest:
+        return version
+    context.log.info(f"{name_of(version)} is served as model {model.version}, under the names in force")
+    return _register_under_other_names(model, version, version.tags.get(CHAMPION_TAG, ""), tracking)
+
+
+def _register_under_other_names(
+    model: ArtifactRef, version: RegisteredVersion, champion: str, tracking: Tracking
+) -> RegisteredVersion:
+    """The same answers: verdict, evaluation and what people decided hold for the copy too."""
+    return tracking.register(
+        model,
+        metrics=version.metrics,
+        tags={**{name: version.tags[name] for name in ("verdict", "evaluation")}, CHAMPION_TAG: champion},
+        approval="automatic" if version.passed else None,
+        carried=version.decision,
+    )
+
+
+def _last_decision(model: ArtifactRef, compute: Compute, tracking: Tracking) -> Decision | None:
+    """What a person last decided about this model, under whatever names."""
+    compiled = model_of(model, compute)
+    decisions = [
+        version.decision
+        for version in tracking.versions()
+        if version.decision is not None and model_of(version.ref, compute) == compiled
+    ]
+    return max(decisions, key=lambda decision: decision.at, default=None)
 
 
 def _registered(
@@ -244,14 +299,15 @@ def _promotion(
     before: RegisteredVersion | None,
     compute: Compute,
 ) -> Promotion:
-    decision = version.decision
+    renamed = before is not None and model_of(before.ref, compute) == model_of(version.ref, compute)
+    decision = None if renamed else version.decision
     lineage = lineage_of(compute, version.ref)
     return Promotion(
         at=now(),
         by=decision.by if decision else f"job {context.run.job_name}",
-        reason=decision.reason if decision else _occasion(context.run.tags),
+        reason=decision.reason if decision else _occasion(context.run.tags, renamed),
         run_id=context.run.run_id,
-        kind="promotion",
+        kind="rename" if renamed else "promotion",
         registry_version=version.version,
         model_version=version.model_version,
         replaced=before.model_version if before else None,
@@ -262,14 +318,38 @@ def _promotion(
     )
 
 
-def _occasion(tags: Mapping[str, str]) -> str:
+def _occasion(tags: Mapping[str, str], renamed: bool) -> str:
     """Why a version that nobody had to decide on is served."""
+    why = "the same model under other names" if renamed else "passed the gate"
     release = tags.get(policies.TAXONOMY_RELEASE_TAG)
-    return f"passed the gate; for release {release} of the taxonomy" if release else "passed the gate"
+    return f"{why}; for release {release} of the taxonomy" if release else why
+
+
+def _overtaken(
+    version: RegisteredVersion, before: RegisteredVersion | None, compute: Compute, tracking: Tracking
+) -> str:
+    """Why a version may not take the place of the one in production, which is not what it was held against.
+
+    A person who approves it after that one was promoted (or rolled back to) has the last word.
+    """
+    if before is None or before.version == version.version or not version.may_serve:
+        return ""
+    if student_of(before, compute) in (version.tags.get(CHAMPION_TAG), student_of(version, compute)):
+        return ""
+    if decision := version.decision:
+        since = [p for p in tracking.history() if p.kind != "rename" and p.at > decision.at]
+        if not decision.at or not since:
+            return ""
+    return (
+        f"{name_of(version)} was not compared with {name_of(before)}, which is in production by now: "
+        "materialize student_evaluation and what follows again, or approve it (job decide_version)"
+    )
 
 
 def _objection(version: RegisteredVersion) -> str:
-    """Why a version is refused; empty where it only waits."""
+    """Why gate or people refuse a version; empty where it may be served, or only waits."""
+    if version.may_serve:
+        return ""
     decision = version.decision
     if decision is not None and decision.decision == "rejected":
         return f"{name_of(version)} was rejected by {decision.by} and is not served: {decision.reason}"
@@ -296,21 +376,46 @@ def _keep_serving(
 
 def _with_names_in_force(
     context: dg.AssetExecutionContext,
-    compiled_student: ArtifactRef,
+    model: ArtifactRef,
     taxonomy_change: ArtifactRef,
     compute: Compute,
 ) -> ArtifactRef:
     """The model under the names of the taxonomy in force, if these are all that differs."""
+    compiled = compute.origin(model, "compiled_student") if model.kind == "renamed_student" else model
     taxonomy = taxonomy_in_force(taxonomy_change, compute)
-    known, in_force = (Taxonomy.load(compute.folder(ref)) for ref in (compiled_student, taxonomy))
-    if not TaxonomyDiff.between(known, in_force).only_names:
-        return compiled_student
+    known, in_force = (Taxonomy.load(compute.folder(ref)) for ref in (compiled, taxonomy))
+    difference = TaxonomyDiff.between(known, in_force)
+    if difference.is_empty:
+        return compiled
+    if not difference.only_names:
+        return model
     inputs = {
-        "compiled_student": compiled_student,
-        "student_checkpoint": compute.origin(compiled_student, "student_checkpoint"),
+        "compiled_student": compiled,
+        "student_checkpoint": compute.origin(compiled, "student_checkpoint"),
         "catalog_taxonomy": taxonomy,
     }
     return compute.run(context, "renamed_student", inputs, RenamedStudentParameters()).ref
+
+
+def _champion_of(evaluation: ArtifactRef, compute: Compute, tracking: Tracking) -> str:
+    """Student in production, empty if none is: the one that the evaluation compared with, or measured.
+
+    Raises:
+        dg.Failure: another one went into production since.
+    """
+    made_of, production = compute.manifest(evaluation).inputs, tracking.production()
+    compared = tracking.find(made_of.get("production_model", ""))
+    champion = student_of(production, compute)
+    if champion not in (student_of(compared, compute), made_of["student_checkpoint"]):
+        there_was, there_is = (
+            name_of(version) if version else "no version" for version in (compared, production)
+        )
+        raise dg.Failure(
+            f"production has changed: student_evaluation compared with {there_was}, and {there_is} is in "
+            "production by now. Materialize student_evaluation again, then this",
+            allow_retries=False,
+        )
+    return champion
 
 
 def _refuse_if_not_of_one_student(compute: Compute, evaluation: ArtifactRef, compiled: ArtifactRef) -> None:

@@ -17,11 +17,16 @@ _LABEL_COLUMNS = (
     (
         "label_source",
         "string",
-        "human, migrated (carried over from an earlier taxonomy) or weak (the teacher's).",
+        "human, migrated (carried over from an earlier taxonomy), by_evidence (the same, where the teacher "
+        "chose among several places) or weak (the teacher's proposal).",
     ),
     ("text", "string", "What a model reads of the offer."),
 )
-_LABEL_CONFIDENCE = ("label_confidence", "double", "That the label is right: 1 where people gave it.")
+_LABEL_CONFIDENCE = (
+    "label_confidence",
+    "double",
+    "That the label is right, 1 where people gave it; guesses count by it in training.",
+)
 
 
 @dg.asset(

@@ -1,6 +1,9 @@
 """The category tree: its releases, the one in force, and what its last change means."""
 
+import datetime
 from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -10,16 +13,18 @@ from ml.artifacts import ArtifactRef
 from ml.stages import STAGES, TaxonomyChangeParameters, TaxonomyParameters
 from ml.taxonomy import Taxonomy
 from ml.taxonomy_change.change import TaxonomyChange, read_change
-from ml.taxonomy_change.limits import objections
-from ml.taxonomy_change.releases import read_mapping
+from ml.taxonomy_change.diff import TaxonomyDiff
+from ml.taxonomy_change.limits import objections, unlike_renames
+from ml.taxonomy_change.releases import origins_are_checked, read_mapping, says_more
 from ml.taxonomy_change.transitions import Transitions
 from offer_assets import policies
+from offer_assets.instance import feed_tag, process_tag
 from offer_assets.metadata import materialization, picture, row_count, schema, table
 from resources.artifact_store import ArtifactStore
 from resources.compute import Compute, StageResult
 from resources.failures import input_errors_fail_plainly
 from resources.taxonomy_policy import TaxonomyPolicy
-from resources.taxonomy_source import TaxonomySource
+from resources.taxonomy_source import FoundRelease, TaxonomySource
 from resources.tracking import Tracking
 
 _ROWS_SHOWN = 100
@@ -33,6 +38,14 @@ catalog_taxonomy_source = dg.AssetSpec(
     kinds={"csv"},
     owners=[policies.DATA_TEAM],
 )
+
+
+WAY_OUT = (
+    "Correct the release or deliver a newer one; if it is meant so, run the job adopt_taxonomy with the "
+    "configuration `ops: {catalog_taxonomy: {config: {accept_objections: true}}}`: the sensor "
+    "taxonomy_changed then has the model follow."
+)
+"""What to do about a release that is refused."""
 
 
 class Adoption(dg.Config):
@@ -73,25 +86,30 @@ def catalog_taxonomy(
     compute: Compute,
 ) -> dg.MaterializeResult:
     """Category tree that offers are sorted into, validated: one immutable version per distinct content."""
+    # Dagster leaves a run whose process is killed as it is: by these tags taxonomy_changed finds out.
+    run_id = context.run.run_id
+    context.instance.add_run_tags(run_id, process_tag(run_id) | feed_tag(artifact_store))
     release = taxonomy_source.newest()
-    wanted = context.run.tags.get(policies.TAXONOMY_FINGERPRINT_TAG, release.fingerprint)
-    if wanted != release.fingerprint:
-        raise dg.Failure(
-            f"release {release.name} came after the one that this run was started for; the sensor "
-            "taxonomy_changed starts another for it once it is settled",
-            allow_retries=False,
-        )
     result = compute.run(
         context,
         "catalog_taxonomy",
         {},
         TaxonomyParameters(source=release.source, files=release.files, fingerprint=release.fingerprint),
     )
-    found = objections_to(result, artifact_store, compute, taxonomy_policy)
+    if in_force := _the_same_in_force(result.ref, artifact_store, compute):
+        result = StageResult(ref=in_force, reused=True, manifest=compute.manifest(in_force))
+    wanted = context.run.tags.get(policies.TAXONOMY_FINGERPRINT_TAG, release.fingerprint)
+    if wanted not in (release.fingerprint, result.manifest.parameters["fingerprint"]):
+        raise dg.Failure(
+            f"release {release.name} came after the one that this run was started for; the sensor "
+            "taxonomy_changed starts another for it once it is settled",
+            allow_retries=False,
+        )
+    found = objections_to(release, result.ref, artifact_store, compute, taxonomy_policy)
     if found and not config.accept_objections:
         raise dg.Failure(
-            f"release {release.name} of the taxonomy is not taken: {' '.join(found)} Correct the release, or "
-            "materialize catalog_taxonomy with accept_objections if it is meant so. What was in force stays.",
+            f"release {release.name} of the taxonomy is not taken: {' '.join(found)} What was in force "
+            f"stays. {WAY_OUT}",
             allow_retries=False,
         )
     taxonomy = Taxonomy.load(compute.folder(result.ref))
@@ -133,7 +151,7 @@ def taxonomy_change(
         result = StageResult(ref=standing, reused=True, manifest=compute.manifest(standing))
     else:
         inputs = change_inputs(catalog_taxonomy, artifact_store, compute, tracking)
-        result = compute.run(context, "taxonomy_change", inputs, TaxonomyChangeParameters())
+        result = compute.run(context, "taxonomy_change", inputs, change_parameters())
     change = read_change(compute.folder(result.ref))
     return materialization(result, metadata=describe_change(change))
 
@@ -152,6 +170,22 @@ def new_categories_have_labelled_offers(
         )
         or "every new category has labelled offers",
         metadata={"categories": len(few)},
+    )
+
+
+@dg.asset_check(asset="taxonomy_change")
+def renames_keep_their_meaning(taxonomy_change: ArtifactRef, compute: Compute) -> dg.AssetCheckResult:
+    """No category has a new name that is unlike the old one: its id may be used for something else."""
+    unlike = unlike_renames(read_change(compute.folder(taxonomy_change)).diff)
+    return dg.AssetCheckResult(
+        passed=not unlike,
+        severity=dg.AssetCheckSeverity.WARN,
+        description="; ".join(
+            f"{renamed.category_id}: {renamed.before.name!r} is now {renamed.after.name!r}"
+            for renamed in unlike[:10]
+        )
+        or "every new name is like the old one",
+        metadata={"categories": len(unlike)},
     )
 
 
@@ -176,10 +210,13 @@ def change_inputs(
     in turn depend on the taxonomy in force.
     """
     inputs: dict[str, ArtifactRef | dict[str, ArtifactRef]] = {"catalog_taxonomy": catalog_taxonomy}
+    before = taxonomy_before(artifact_store, compute)
     standing = artifact_store.read_pointer("taxonomy_change")
-    if standing is None:
+    if before is None or (standing is None and before.digest == catalog_taxonomy.digest):
         return inputs
-    inputs |= {"previous_change": standing, "previous_taxonomy": taxonomy_in_force(standing, compute)}
+    inputs["previous_taxonomy"] = before
+    if standing is not None:
+        inputs["previous_change"] = standing
     inputs |= {
         name: refs for name in ("offers", "catalogued_offers") if (refs := artifact_store.list_pointers(name))
     }
@@ -190,6 +227,43 @@ def change_inputs(
             "teacher_checkpoint": compute.origin(student, "teacher_checkpoint"),
         }
     return inputs
+
+
+def change_parameters() -> TaxonomyChangeParameters:
+    """Parameters of a change that is taken today."""
+    return TaxonomyChangeParameters(adopted_on=datetime.datetime.now(datetime.UTC).date().isoformat())
+
+
+def taxonomy_before(artifact_store: ArtifactStore, compute: Compute) -> ArtifactRef | None:
+    """The taxonomy that the next release comes after, or None.
+
+    It is the one in force; where none was ever taken as a change (the home is from before there were
+    changes), the one that the model in service knows.
+    """
+    standing = artifact_store.read_pointer("taxonomy_change")
+    if standing is not None:
+        return taxonomy_in_force(standing, compute)
+    endpoint = artifact_store.read_pointer("offer_endpoint")
+    digest = compute.manifest(endpoint).inputs.get("catalog_taxonomy") if endpoint else None
+    return artifact_store.find_by_digest("catalog_taxonomy", digest) if digest else None
+
+
+def says_the_same(new: Taxonomy, mapping: Sequence[tuple[str, str]], folder: Path) -> bool:
+    """Whether a release adds nothing to the taxonomy in ``folder``: the same tree, no further mapping."""
+    same_tree = TaxonomyDiff.between(Taxonomy.load(folder), new).is_empty
+    return same_tree and not says_more(mapping, read_mapping(folder))
+
+
+def _the_same_in_force(
+    taken: ArtifactRef, artifact_store: ArtifactStore, compute: Compute
+) -> ArtifactRef | None:
+    """The taxonomy in force if ``taken`` says the same in other words; None otherwise."""
+    standing = artifact_store.read_pointer("taxonomy_change")
+    if standing is None:
+        return None
+    in_force, folder = taxonomy_in_force(standing, compute), compute.folder(taken)
+    same = says_the_same(Taxonomy.load(folder), read_mapping(folder), compute.folder(in_force))
+    return in_force if same else None
 
 
 def describe_change(change: TaxonomyChange) -> dict[str, Any]:
@@ -221,11 +295,24 @@ def describe_change(change: TaxonomyChange) -> dict[str, Any]:
 
 @input_errors_fail_plainly()
 def objections_to(
-    result: StageResult, artifact_store: ArtifactStore, compute: Compute, policy: TaxonomyPolicy
+    release: FoundRelease,
+    taken: ArtifactRef,
+    artifact_store: ArtifactStore,
+    compute: Compute,
+    policy: TaxonomyPolicy,
 ) -> list[str]:
-    """What speaks against taking this release after the one in force."""
-    folder = compute.folder(result.ref)
+    """What speaks against taking this release after the one in force; nothing if it is in force."""
+    folder = compute.folder(taken)
     standing = artifact_store.read_pointer("taxonomy_change")
-    previous = Taxonomy.load(compute.folder(taxonomy_in_force(standing, compute))) if standing else None
-    earlier = Transitions.read(compute.folder(standing)).transitions if standing else []
-    return objections(previous, Taxonomy.load(folder), read_mapping(folder), earlier, policy.limits())
+    before = taxonomy_before(artifact_store, compute)
+    if standing and before and before.digest == taken.digest:
+        return []
+    in_force = compute.folder(before) if before else None
+    return objections(
+        Taxonomy.load(in_force) if in_force else None,
+        Taxonomy.load(folder),
+        read_mapping(folder, in_force=in_force),
+        Transitions.read(compute.folder(standing)).transitions if standing else [],
+        policy.limits(),
+        origins_are_checked=origins_are_checked(release.files),
+    )

@@ -11,6 +11,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,13 @@ class Endpoints(dg.ConfigurableResource[Any], ABC):
         Raises:
             InputFailure: a setting stands in the way (the port is taken, for instance).
             EndpointError: it does not come up. The version before goes on serving.
+        """
+
+    @abstractmethod
+    def releasing(self) -> AbstractContextManager[None]:
+        """Hold what serves for oneself: whoever changes it checks, deploys and promotes in here.
+
+        Whoever else does so waits. Not to be entered twice by the same thread.
         """
 
     @abstractmethod
@@ -141,6 +149,10 @@ class LocalEndpoints(Endpoints):
             if old is not None:
                 _end(old.pid, old.process_started)
             return new
+
+    @override
+    def releasing(self) -> AbstractContextManager[None]:
+        return only_one(self._folder / "release.lock")
 
     @override
     @input_errors_fail_plainly()

@@ -11,7 +11,8 @@ _USER_INFO = re.compile(
     r")@"
 )
 _QUERY_SECRET = re.compile(
-    r"([?&](?:[\w-]*(?:password|passwd|token|secret|signature|api[_-]?key|credential)|pwd|sig)=)[^&\s]+",
+    r"([?&](?:[\w-]*(?:password|passwd|token|secret|signature|(?:api|access)[_-]?key(?:[_-]?id)?|credential)"
+    r"|pwd|sig|key|code|auth)=)[^&\s]+",
     re.IGNORECASE,
 )
 

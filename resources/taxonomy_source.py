@@ -4,6 +4,8 @@ What a release is made of is decided in :mod:`ml.taxonomy_change.releases`; whet
 those who ask here.
 """
 
+import time
+
 import dagster as dg
 import msgspec
 from typing_extensions import override
@@ -13,6 +15,9 @@ from ml.stages import TaxonomyFile
 from resources.failures import input_errors_fail_plainly
 from resources.offer_feed import DemoOfferFeed
 from resources.redaction import without_secrets
+
+_SECONDS_TO_LOOK = 40.0
+"""For all files together: a tick of a sensor has a minute, and has more to do than to look."""
 
 
 class FoundRelease(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,18 +43,19 @@ class TaxonomySource(dg.ConfigurableResource["TaxonomySource"]):
         """The newest release, by the natural order of the versions' names. Reads all of its files.
 
         Raises:
-            InputFailure: there is none, or it cannot be read; the line names CATALOG_TAXONOMY.
+            InputFailure: there is none, or it cannot be read in 40 s; the line names CATALOG_TAXONOMY.
         """
         from ml.taxonomy_change.releases import fingerprint, list_releases
 
         self.prepare()
         try:
-            release = list_releases(self.location)[-1]
+            give_up_at = time.monotonic() + _SECONDS_TO_LOOK
+            release = list_releases(self.location, give_up_at)[-1]
             return FoundRelease(
                 name=release.name,
                 source=without_secrets(self.location),
                 files=release.files,
-                fingerprint=fingerprint(release),
+                fingerprint=fingerprint(release, give_up_at),
             )
         except InputError as error:
             raise InputError(without_secrets(str(error))) from None

@@ -41,6 +41,8 @@ _APPROVAL_TAG = "approval"
 """``automatic``, ``pending``, ``approved`` or ``rejected``; a person may set it by hand."""
 _DECISION_TAG = "approval.decision"
 _PROMOTION_TAGS = "promotion."
+_PROMOTED_AT_TAG, _PROMOTION_REASON_TAG = "promoted_at", "promotion_reason"
+"""All that was kept of a promotion before there was a history."""
 
 BY_HAND = "mlflow"
 """Who decided, where nobody but the tag in MLflow says so."""
@@ -71,7 +73,8 @@ class Promotion(msgspec.Struct, frozen=True, kw_only=True):
     """A person, or ``automatic``."""
     reason: str
     run_id: str
-    kind: Literal["promotion", "rollback"]
+    kind: Literal["promotion", "rollback", "rename"]
+    """``rename``: the model that served before, under other names of the categories."""
     registry_version: str
     model_version: str
     replaced: str | None
@@ -113,6 +116,8 @@ class RegisteredVersion(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def approval(self) -> Approval:
         """Whether it may be served as far as people are concerned; unclear tags wait for a person."""
+        if _APPROVAL_TAG not in self.tags and self.passed and self._has_served:
+            return "automatic"
         tag = self.tags.get(_APPROVAL_TAG, "").strip().lower()
         approvals: tuple[Approval, ...] = ("automatic", "approved", "rejected")
         return next((approval for approval in approvals if approval == tag), "pending")
@@ -139,12 +144,34 @@ class RegisteredVersion(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def promotions(self) -> list[Promotion]:
         """When it went into production, oldest first."""
-        entries = [
-            _decoded(self.tags[name], Promotion)
-            for name in sorted(self.tags)
-            if name.startswith(_PROMOTION_TAGS)
-        ]
+        names = sorted(name for name in self.tags if name.startswith(_PROMOTION_TAGS))
+        if not names and self._has_served:
+            return [self._promotion_without_entry]
+        entries = [_decoded(self.tags[name], Promotion) for name in names]
         return [entry for entry in entries if entry is not None]
+
+    @property
+    def _has_served(self) -> bool:
+        """Whether it is or was in production, going by what was kept before approvals and the history."""
+        return self.in_production or _PROMOTED_AT_TAG in self.tags
+
+    @property
+    def _promotion_without_entry(self) -> Promotion:
+        """What is known of the promotion of a version whose tags have no entry of the history."""
+        return Promotion(
+            at=_as_kept(datetime.datetime.fromisoformat(self.tags.get(_PROMOTED_AT_TAG, self.registered_at))),
+            by="automatic" if _PROMOTED_AT_TAG in self.tags else BY_HAND,
+            reason=self.tags.get(_PROMOTION_REASON_TAG, "put into production in MLflow"),
+            run_id="",
+            kind="promotion",
+            registry_version=self.version,
+            model_version=self.model_version,
+            replaced=None,
+            taxonomy_version="",
+            data="",
+            code_revision="",
+            evaluation=self.tags.get("evaluation", ""),
+        )
 
     @property
     def _noted(self) -> Decision | None:
@@ -176,6 +203,7 @@ class Tracking(dg.ConfigurableResource[Any], ABC):
         metrics: Mapping[str, JsonValue],
         tags: Mapping[str, str],
         approval: Literal["automatic", "pending"] | None = None,
+        carried: Decision | None = None,
     ) -> RegisteredVersion:
         """Register a compiled student; a digest that is registered gets the new metrics and tags.
 
@@ -185,6 +213,8 @@ class Tracking(dg.ConfigurableResource[Any], ABC):
             tags: What else to keep; ``verdict`` is ``passed`` or ``failed``.
             approval: Whether it waits for a person. What a person decided about it stays, and a
                 version in production stays what it is; None leaves every version as it is.
+            carried: What a person decided about the same model under other names: it holds for this
+                version too, in place of ``approval``, unless what was decided about it is newer.
         """
 
     @abstractmethod
@@ -204,7 +234,10 @@ class Tracking(dg.ConfigurableResource[Any], ABC):
         reason: str,
         despite_gate: bool = False,
     ) -> RegisteredVersion:
-        """Note what a person decided about ``version``; the same decision again changes nothing.
+        """Note what a person decided about ``version``.
+
+        The same decision again changes nothing, unless a version is approved that is not in production:
+        that counts as of now.
 
         Args:
             version: As the registry had it a moment ago.
@@ -313,13 +346,20 @@ class MlflowTracking(Tracking):
         metrics: Mapping[str, JsonValue],
         tags: Mapping[str, str],
         approval: Literal["automatic", "pending"] | None = None,
+        carried: Decision | None = None,
     ) -> RegisteredVersion:
         wanted = dict(tags) | {f"metric.{name}": repr(value) for name, value in _numbers(metrics).items()}
         with self._client() as client:
             found = self._version_of(client, ref.digest)
             standing = self._registered(client, found) if found is not None else None
-            if approval and (standing is None or not (standing.decision or standing.in_production)):
-                wanted[_APPROVAL_TAG] = approval
+            if standing is not None and standing.in_production:
+                wanted |= _approval_if_missing(standing)
+            else:
+                decided = standing.decision if standing is not None else None
+                if carried and (decided is None or (decided.at and carried.at > decided.at)):
+                    wanted |= _tags_of(carried)
+                elif approval and decided is None:
+                    wanted[_APPROVAL_TAG] = approval
             if found is None:
                 if not client.search_registered_models(f"name = '{self.model_name}'"):
                     client.create_registered_model(
@@ -382,20 +422,24 @@ class MlflowTracking(Tracking):
                 despite_gate=decision == "approved" and not standing.passed,
             )
             before = standing.decision
-            if before and before.at and msgspec.structs.replace(wanted, at=before.at) == before:
+            has_effect = decision == "rejected" or standing.in_production
+            if (
+                before
+                and before.at
+                and has_effect
+                and msgspec.structs.replace(wanted, at=before.at) == before
+            ):
                 return standing
-            # The approval last: until it is there, nothing was decided.
-            for tag, value in {
-                _DECISION_TAG: msgspec.json.encode(wanted).decode(),
-                _APPROVAL_TAG: decision,
-            }.items():
+            for tag, value in _tags_of(wanted).items():
                 client.set_model_version_tag(self.model_name, version.version, tag, value)
             return self._registered(client, version)
 
     @override
     def promote(self, version: RegisteredVersion, promotion: Promotion) -> RegisteredVersion:
         with self._client() as client:
-            history = _history_of(self._versions(client))
+            versions = self._versions(client)
+            self._complete_what_has_served(client, versions)
+            history = _history_of(versions)
             # The entry before the alias: a repeat after an interruption in between finds it.
             if not history or history[-1].registry_version != version.version:
                 entry = msgspec.structs.replace(
@@ -409,6 +453,17 @@ class MlflowTracking(Tracking):
                 )
             client.set_registered_model_alias(self.model_name, _PRODUCTION, version.version)
             return self._registered(client, version)
+
+    def _complete_what_has_served(self, client: Any, versions: Sequence[RegisteredVersion]) -> None:
+        """Note as tags what follows from being or having been in production, before that changes."""
+        for version in versions:
+            if version.promotions:
+                missing = _approval_if_missing(version)
+                for entry in version.promotions:
+                    missing[_PROMOTION_TAGS + entry.at] = msgspec.json.encode(entry).decode()
+                for name, value in missing.items():
+                    if name not in version.tags:
+                        client.set_model_version_tag(self.model_name, version.version, name, value)
 
     @override
     def production(self) -> RegisteredVersion | None:
@@ -514,6 +569,15 @@ def _decoded(text: str, kind: type[_T]) -> _T | None:
         return None
 
 
+def _tags_of(decision: Decision) -> dict[str, str]:
+    """The approval last: until it is there, nothing was decided."""
+    return {_DECISION_TAG: msgspec.json.encode(decision).decode(), _APPROVAL_TAG: decision.decision}
+
+
+def _approval_if_missing(version: RegisteredVersion) -> dict[str, str]:
+    return {} if _APPROVAL_TAG in version.tags or not version.passed else {_APPROVAL_TAG: version.approval}
+
+
 def _history_of(versions: Sequence[RegisteredVersion]) -> list[Promotion]:
     promotions = [promotion for version in versions for promotion in version.promotions]
     return sorted(promotions, key=lambda promotion: promotion.at)
@@ -548,8 +612,12 @@ def _shortened(text: str, longest: int) -> str:
 
 def now() -> str:
     """The time as it is kept with decisions and promotions: ISO, UTC, sortable as text."""
+    return _as_kept(datetime.datetime.now(datetime.UTC))
+
+
+def _as_kept(time: datetime.datetime) -> str:
     # Names of tags may hold no "+".
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    return time.astimezone(datetime.UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def _batches(items: list[_T], size: int) -> Iterator[list[_T]]:

@@ -9,7 +9,7 @@ from offer_assets.jobs import JOBS, START_ENDPOINT
 from offer_assets.promotion import MODEL_VERSION, make_next, name_of
 from resources.artifact_store import ArtifactStore
 from resources.failures import InputFailure
-from resources.tracking import RegisteredVersion, Tracking
+from resources.tracking import Promotion, RegisteredVersion, Tracking
 
 _ATTEMPTS = 3
 """Runs that try to serve one approved version, before somebody has to look why they fail."""
@@ -67,8 +67,8 @@ def _with_decisions_noted(tracking: Tracking) -> tuple[list[RegisteredVersion], 
 
 def _to_be_served(versions: Sequence[RegisteredVersion]) -> RegisteredVersion | None:
     """The version that was approved last, if no version went into production since."""
-    promotions = [promotion.at for version in versions for promotion in version.promotions]
-    last_promotion = max(promotions, default="")
+    last = _last_promotion(versions)
+    last_promotion = last.at if last else ""
     approved = [
         (decision.at, version)
         for version in versions
@@ -77,6 +77,14 @@ def _to_be_served(versions: Sequence[RegisteredVersion]) -> RegisteredVersion | 
     # Of several with the same time, the newest version: they come newest first.
     at, latest = max(approved, key=lambda pair: pair[0], default=("", None))
     return latest if latest is not None and not latest.in_production and at > last_promotion else None
+
+
+def _last_promotion(versions: Sequence[RegisteredVersion]) -> Promotion | None:
+    """Apart from those of a model that served already and only got other names."""
+    promotions = [
+        promotion for version in versions for promotion in version.promotions if promotion.kind != "rename"
+    ]
+    return max(promotions, key=lambda promotion: promotion.at, default=None)
 
 
 def _next_key(
@@ -108,7 +116,8 @@ def _next_key(
 
 def _nothing_to_do(versions: Sequence[RegisteredVersion]) -> str:
     production = next((version for version in versions if version.in_production), None)
-    newer_than = int(production.version) if production else 0
+    last = _last_promotion(versions)
+    newer_than = int(last.registry_version) if last else 0
     waiting = [
         version
         for version in versions

@@ -2,6 +2,7 @@
 
 import datetime
 import time
+from pathlib import Path
 from urllib.parse import urlencode
 
 import dagster as dg
@@ -11,11 +12,14 @@ from ml.artifacts import ArtifactRef, short_version
 from ml.errors import InputError
 from ml.taxonomy import Taxonomy
 from ml.taxonomy_change.diff import TaxonomyDiff
-from ml.taxonomy_change.limits import objections
-from ml.taxonomy_change.releases import read_release
+from ml.taxonomy_change.limits import TaxonomyLimits, objections
+from ml.taxonomy_change.releases import origins_are_checked, read_mapping, read_release, says_more
 from ml.taxonomy_change.transitions import Transition, Transitions
-from offer_assets.jobs import ADOPT_TAXONOMY, FOLLOW_TAXONOMY, JOBS, REFRESH_NAMES, TRAIN_AND_RELEASE
+from offer_assets.instance import FEED_TAG, fail_dead_runs, feed_tag
+from offer_assets.jobs import ADOPT_TAXONOMY, FOLLOW_TAXONOMY, JOBS, REFRESH_NAMES, open_trainings
 from offer_assets.partitions import CPU
+from offer_assets.promotion import name_of
+from offer_assets.taxonomy import WAY_OUT, taxonomy_before
 from resources.alerts import Alert, Alerts
 from resources.artifact_store import ArtifactStore
 from resources.compute import Compute
@@ -43,13 +47,14 @@ _JOBS = Jobs(adopt=ADOPT_TAXONOMY, refresh=REFRESH_NAMES, follow=FOLLOW_TAXONOMY
 _TAKING = frozenset({ADOPT_TAXONOMY, REFRESH_NAMES, FOLLOW_TAXONOMY})
 _TICKS_UNTIL_ALERT = 3
 """A source that cannot be read for a moment is no news."""
+_REFUSED_FOR_SECONDS = 3600.0
+"""After that a refused release is looked at again: the code that refuses it may be another."""
 
 _FINISHED: dict[dg.DagsterRunStatus, RunState] = {
     dg.DagsterRunStatus.SUCCESS: "succeeded",
     dg.DagsterRunStatus.FAILURE: "failed",
     dg.DagsterRunStatus.CANCELED: "canceled",
 }
-_OPEN = [status for status in dg.DagsterRunStatus if status not in _FINISHED]
 
 
 class Seen(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,10 +77,21 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
 
     fingerprint: str
     against: str
-    """Digest of the taxonomy in force; empty before the first."""
+    """What it was held against: see :class:`Standing`."""
     same: bool
-    """The same tree with the same names, in other words of the file."""
+    """The same tree with the same names, in other words of the file, and no further mapping."""
     only_names: bool
+
+
+class Refusal(msgspec.Struct, frozen=True, kw_only=True):
+    """A release that was refused, and the circumstances in which it would be again."""
+
+    fingerprint: str
+    against: str
+    limits: TaxonomyLimits
+    at: float
+    """Unix time."""
+    why: str
 
 
 class Cursor(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,8 +99,7 @@ class Cursor(msgspec.Struct, frozen=True, kw_only=True):
 
     seen: Seen | None = None
     comparison: Comparison | None = None
-    refused: str = ""
-    """Fingerprint of the last release that was refused."""
+    refusal: Refusal | None = None
     outage: Outage | None = None
 
 
@@ -100,6 +115,15 @@ class InForce(msgspec.Struct, frozen=True, kw_only=True):
     previous: str | None
     """Digest of the taxonomy before."""
     pointer_in_step: bool
+
+
+class Standing(msgspec.Struct, frozen=True, kw_only=True):
+    """What a new release is held against."""
+
+    id: str
+    """Digest of the last change; before the first, of the taxonomy that the model knows, if any."""
+    taxonomy: ArtifactRef | None
+    change: ArtifactRef | None
 
 
 class RefusedRelease(Exception):
@@ -153,6 +177,7 @@ class _Watch:
         self.compute = compute
         self.tracking = tracking
         self.alerts = alerts
+        self.feed = feed_tag(store)
         self.now = time.time()
         self.cursor = _decode(context.cursor)
         self.events: list[dg.AssetObservation] = []
@@ -160,10 +185,13 @@ class _Watch:
     def tick(self) -> dg.SensorResult:
         """Everything but what to do when something cannot be read.
 
+        Runs whose process was killed are failed first: nothing waits for them, and they are repeated.
+
         Raises:
             InputError: the source or an artifact cannot be read.
             dg.Failure: the tracking does not answer.
         """
+        fail_dead_runs(self.instance)
         release = self.source.newest()
         settled_in = self._settles_in(release)
         in_force = self._in_force()
@@ -176,9 +204,11 @@ class _Watch:
             try:
                 self._compare(release, in_force)
             except RefusedRelease as refused:
-                return self._refuse(release, str(refused))
+                return self._refuse(release, str(refused), in_force)
         situation = self._situation(release, in_force)
         decision = self._with_registry(decide(situation), situation, in_force)
+        if decision.action == "nothing" and situation.serves and not situation.serves_in_force:
+            self._tell_what_waits(release, in_force)
         if decision.action == "cancel" and settled_in > 0:
             return self._skip(f"release {release.name} of the taxonomy is back: {settled_in:.0f} s to settle")
         return self._act(decision)
@@ -189,7 +219,7 @@ class _Watch:
         outage = msgspec.structs.replace(outage, ticks=outage.ticks + 1)
         if outage.ticks >= _TICKS_UNTIL_ALERT:
             since = datetime.datetime.fromtimestamp(outage.since, datetime.UTC).isoformat(timespec="seconds")
-            self.alerts.raise_alert(
+            self._raise(
                 Alert(
                     id=f"taxonomy-unreadable:{since}",
                     severity="ERROR",
@@ -207,7 +237,7 @@ class _Watch:
         seen = self.cursor.seen
         if seen is None or seen.fingerprint != release.fingerprint:
             seen = Seen(fingerprint=release.fingerprint, since=self.now)
-            self._observe(release, {})
+            self._observe(release)
         elif seen.since > self.now:  # the clock was set back
             seen = msgspec.structs.replace(seen, since=self.now)
         self.cursor = msgspec.structs.replace(self.cursor, seen=seen)
@@ -232,36 +262,84 @@ class _Watch:
         )
 
     def _compare(self, release: FoundRelease, in_force: InForce | None) -> None:
-        """Read the release and hold it against what is in force, once for both.
-
-        A refusal is not remembered: another limit, or another look, may lead to another result.
+        """Read the release and hold it against what stands, once for both.
 
         Raises:
             RefusedRelease: it is broken, or a limit speaks against it.
         """
-        against = in_force.ref.digest if in_force else ""
-        known = self.cursor.comparison
-        if known and (known.fingerprint, known.against) == (release.fingerprint, against):
+        standing = self._standing(in_force)
+        known, refusal = self.cursor.comparison, self.cursor.refusal
+        if known and (known.fingerprint, known.against) == (release.fingerprint, standing.id):
             return
-        old: Taxonomy | None = None
-        earlier: list[Transition] = []
-        if in_force is not None:
-            old = Taxonomy.load(self.compute.folder(in_force.ref))
-            earlier = Transitions.read(self.compute.folder(in_force.change)).transitions
-        new, mapping = self._read(release)
-        found = objections(old, new, mapping, earlier, self.policy.limits())
-        if found:
-            raise RefusedRelease(" ".join(found))
-        diff = TaxonomyDiff.between(old, new) if old is not None else None
-        comparison = Comparison(
-            fingerprint=release.fingerprint,
-            against=against,
-            same=diff is not None and diff.is_empty,
-            only_names=diff is not None and diff.only_names,
-        )
-        self.cursor = msgspec.structs.replace(self.cursor, comparison=comparison, refused="")
+        limits = self.policy.limits()
+        if (
+            refusal
+            and (refusal.fingerprint, refusal.against, refusal.limits)
+            == (release.fingerprint, standing.id, limits)
+            and 0 <= self.now - refusal.at < _REFUSED_FOR_SECONDS
+        ):
+            raise RefusedRelease(refusal.why)
+        try:
+            comparison = self._compared(release, standing, limits)
+        except RefusedRelease as refused:
+            refusal = Refusal(
+                fingerprint=release.fingerprint,
+                against=standing.id,
+                limits=limits,
+                at=self.now,
+                why=str(refused),
+            )
+            self.cursor = msgspec.structs.replace(self.cursor, refusal=refusal)
+            raise
+        self.cursor = msgspec.structs.replace(self.cursor, comparison=comparison, refusal=None)
 
-    def _read(self, release: FoundRelease) -> tuple[Taxonomy, list[tuple[str, str]]]:
+    def _standing(self, in_force: InForce | None) -> Standing:
+        if in_force is not None:
+            return Standing(id=in_force.change.digest, taxonomy=in_force.ref, change=in_force.change)
+        known = taxonomy_before(self.store, self.compute)
+        return Standing(id=known.digest if known else "", taxonomy=known, change=None)
+
+    def _compared(self, release: FoundRelease, standing: Standing, limits: TaxonomyLimits) -> Comparison:
+        new, mapping = self._read(release)
+        old: Taxonomy | None = None
+        further, earlier = False, list[Transition]()
+        if standing.taxonomy is not None:
+            folder = self.compute.folder(standing.taxonomy)
+            old, further = Taxonomy.load(folder), says_more(mapping, read_mapping(folder))
+        if standing.change is not None:
+            earlier = Transitions.read(self.compute.folder(standing.change)).transitions
+        diff = TaxonomyDiff.between(old, new) if old is not None else None
+        same = diff is not None and diff.is_empty and not further
+        # The mapping of a taxonomy in force was judged, or accepted, when it was taken.
+        if not same and (found := self._objections(release, standing, old, new, earlier, limits)):
+            raise RefusedRelease(" ".join(found))
+        return Comparison(
+            fingerprint=release.fingerprint,
+            against=standing.id,
+            same=same,
+            only_names=diff is not None and diff.only_names and not further,
+        )
+
+    def _objections(
+        self,
+        release: FoundRelease,
+        standing: Standing,
+        old: Taxonomy | None,
+        new: Taxonomy,
+        earlier: list[Transition],
+        limits: TaxonomyLimits,
+    ) -> list[str]:
+        mapping: list[tuple[str, str]] = []
+        if any(file.role == "mapping" for file in release.files):
+            # What the mapping in force says already is no news, and must not be judged again.
+            in_force = self.compute.folder(standing.taxonomy) if standing.taxonomy is not None else None
+            _, mapping = self._read(release, in_force)
+        checked = origins_are_checked(release.files)
+        return objections(old, new, mapping, earlier, limits, origins_are_checked=checked)
+
+    def _read(
+        self, release: FoundRelease, in_force: Path | None = None
+    ) -> tuple[Taxonomy, list[tuple[str, str]]]:
         """The content of the release.
 
         Raises:
@@ -269,35 +347,33 @@ class _Watch:
             RefusedRelease: it can be read, and is broken.
         """
         try:
-            return read_release(release.files, release.source)
-        except InputError:
-            # A broken release is broken at the second look too; anything else is the network's fault.
+            return read_release(release.files, release.source, in_force)
+        except InputError as error:
+            # A broken release is broken in the same way at the second look; all else is the network's fault.
+            first = _line(error)
             if self.source.newest().fingerprint != release.fingerprint:
                 raise InputError(f"release {release.name} changed while it was read") from None
         try:
-            return read_release(release.files, release.source)
+            return read_release(release.files, release.source, in_force)
         except InputError as error:
-            raise RefusedRelease(_line(error)) from None
+            if _line(error) != first:
+                raise
+            raise RefusedRelease(first) from None
 
-    def _refuse(self, release: FoundRelease, why: str) -> dg.SensorResult:
+    def _refuse(self, release: FoundRelease, why: str, in_force: InForce | None) -> dg.SensorResult:
         """Start nothing; tell it once."""
-        line = f"release {release.name} of the taxonomy is refused: {why}"
-        if self.cursor.refused != release.fingerprint:
-            self._observe(release, {"refused": why})
-            self.cursor = msgspec.structs.replace(self.cursor, refused=release.fingerprint)
-        self.alerts.raise_alert(
+        base = in_force.change.version if in_force else NO_BASE
+        self._raise(
             Alert(
-                id=f"taxonomy-refused:{release.fingerprint[:12]}",
+                id=f"taxonomy-refused:{release.fingerprint[:12]}:{base}",
                 severity="ERROR",
                 title=f"Release {release.name} of the taxonomy is refused",
-                text=f"{why} Nothing was started and what is in force stays. Correct the release, deliver a "
-                "newer one, or run adopt_taxonomy with accept_objections if a limit is in the way and it "
-                "is meant so.",
+                text=f"{why} Nothing was started and what is in force stays. {WAY_OUT}",
                 asset=_SOURCE,
                 link=_SOURCE_PAGE,
             )
         )
-        return self._skip(line)
+        return self._skip(f"release {release.name} of the taxonomy is refused: {why}")
 
     def _situation(self, release: FoundRelease, in_force: InForce | None) -> Situation:
         comparison = self.cursor.comparison
@@ -312,6 +388,7 @@ class _Watch:
                 fingerprint = in_force.fingerprint
         return Situation(
             jobs=_JOBS,
+            feed=self.feed.get(FEED_TAG, ""),
             release=release.name,
             fingerprint=fingerprint,
             in_force=in_force.fingerprint if in_force else None,
@@ -319,10 +396,33 @@ class _Watch:
             base_before=in_force.base_before if in_force else NO_BASE,
             pointer_in_step=in_force is None or in_force.pointer_in_step,
             serves=endpoint is not None,
-            serves_in_force=in_force is not None and served == in_force.ref.digest,
+            serves_in_force=in_force is not None and self._knows(served, in_force),
             only_names=only_names,
-            runs=_known_runs(self.instance, fingerprint),
+            runs=self._known_runs(fingerprint),
         )
+
+    def _knows(self, served: str | None, in_force: InForce) -> bool:
+        """Whether a model of the taxonomy ``served`` (a digest) has nothing to learn for the one in force."""
+        if served is None or served == in_force.ref.digest:
+            return served is not None
+        known = self.store.find_by_digest("catalog_taxonomy", served)
+        if known is None:
+            return False
+        old, new = (Taxonomy.load(self.compute.folder(ref)) for ref in (known, in_force.ref))
+        if not TaxonomyDiff.between(old, new).is_empty:
+            return False
+        steps = Transitions.read(self.compute.folder(in_force.change))
+        age = {version: place for place, version in enumerate(steps.history)}
+        since = age.get(served, -1)
+        return all(age.get(transition.since, since) <= since for transition in steps.transitions)
+
+    def _known_runs(self, fingerprint: str) -> list[KnownRun]:
+        """Runs of this feed for this release, and every open one that takes a release or trains."""
+        for_release = self.instance.get_runs(
+            filters=dg.RunsFilter(tags={FINGERPRINT_TAG: fingerprint, **self.feed})
+        )
+        runs = [*for_release, *open_trainings(self.instance, self.feed)]
+        return [_known(run) for run in {run.run_id: run for run in runs}.values()]
 
     def _with_registry(self, decision: Decision, situation: Situation, in_force: InForce | None) -> Decision:
         """``decision``, unless the model registry says that the work was done, or refused for good.
@@ -335,7 +435,7 @@ class _Watch:
         if in_force is None or in_force.fingerprint != situation.fingerprint:
             return decision
         production = self.tracking.production()
-        if production is not None and self._taxonomy_of(production.ref) == in_force.ref.digest:
+        if production is not None and self._knows(self._taxonomy_of(production.ref), in_force):
             return Decision(
                 action="nothing",
                 reason=f"release {request.release} of the taxonomy is in force, with a model that knows it",
@@ -348,7 +448,7 @@ class _Watch:
             f"model version {refused.model_version}, trained for release {request.release}, {why} and is not "
             "served; what was serving goes on serving"
         )
-        self.alerts.raise_alert(
+        self._raise(
             Alert(
                 id=f"taxonomy-gate:{request.fingerprint[:12]}:{refused.model_version}",
                 severity="ERROR",
@@ -363,21 +463,42 @@ class _Watch:
 
     def _refused_version(self, in_force: InForce) -> RegisteredVersion | None:
         """The last model version, if it knows the taxonomy in force and gate or people refused it."""
-        candidate = self.store.read_pointer("model_version")
-        if candidate is None or self._taxonomy_of(candidate) != in_force.ref.digest:
-            return None
-        found = self.tracking.version_of(candidate)
+        found = self._last_version(in_force)
         if found is None or found.may_serve:
             return None
         # One that waits for a decision is not refused: its run failed for another reason.
         return found if not found.passed or found.approval == "rejected" else None
+
+    def _last_version(self, in_force: InForce) -> RegisteredVersion | None:
+        """The last model version, if it is registered and knows the taxonomy in force."""
+        candidate = self.store.read_pointer("model_version")
+        if candidate is None or self._taxonomy_of(candidate) != in_force.ref.digest:
+            return None
+        return self.tracking.version_of(candidate)
+
+    def _tell_what_waits(self, release: FoundRelease, in_force: InForce | None) -> None:
+        """Tell once that a model trained for the release in force waits for a person."""
+        version = self._last_version(in_force) if in_force else None
+        if version is None or not version.passed or version.approval != "pending":
+            return
+        self._raise(
+            Alert(
+                id=f"taxonomy-waits:{version.model_version}",
+                severity="WARN",
+                title=f"The model for release {release.name} of the taxonomy waits for a decision",
+                text=f"{name_of(version)} passed the gate. Run the job decide_version, or `python -m "
+                f"offer_assets approve {version.version} --reason …`. What was serving goes on serving.",
+                asset="model_version",
+                link="/assets/model_version",
+            )
+        )
 
     def _act(self, decision: Decision) -> dg.SensorResult:
         for run in decision.cancel:
             self._cancel(run)
         request = decision.request
         if decision.action == "give_up" and request is not None:
-            self.alerts.raise_alert(
+            self._raise(
                 Alert(
                     id=f"taxonomy-gave-up:{request.fingerprint[:12]}:{request.base}:{request.job}",
                     severity="ERROR",
@@ -419,7 +540,21 @@ class _Watch:
         """Digest of the taxonomy that a model knows."""
         return self.compute.manifest(model).inputs.get("catalog_taxonomy")
 
-    def _observe(self, release: FoundRelease, more: dict[str, str]) -> None:
+    def _raise(self, alert: Alert) -> None:
+        """Tell people; what is new is also in the log and among the events of the source."""
+        if not self.alerts.raise_alert(alert):
+            return
+        tell = self.log.error if alert.severity == "ERROR" else self.log.warning
+        tell(f"{alert.title}: {alert.text}")
+        self.events.append(
+            dg.AssetObservation(
+                asset_key=_SOURCE,
+                description=alert.title,
+                metadata={"alert": alert.id, "severity": alert.severity, "text": alert.text},
+            )
+        )
+
+    def _observe(self, release: FoundRelease) -> None:
         self.events.append(
             dg.AssetObservation(
                 asset_key=_SOURCE,
@@ -428,7 +563,6 @@ class _Watch:
                     "release": release.name,
                     "source": release.source,
                     "fingerprint": release.fingerprint,
-                    **more,
                 },
             )
         )
@@ -440,17 +574,6 @@ class _Watch:
 
     def _cursor_after_a_look(self) -> str:
         return _encode(msgspec.structs.replace(self.cursor, outage=None))
-
-
-def _known_runs(instance: dg.DagsterInstance, fingerprint: str) -> list[KnownRun]:
-    """Runs for this release, and every open one that takes a release or trains."""
-    for_release = instance.get_runs(filters=dg.RunsFilter(tags={FINGERPRINT_TAG: fingerprint}))
-    under_way = [
-        run
-        for run in instance.get_runs(filters=dg.RunsFilter(statuses=_OPEN))
-        if run.job_name in _TAKING or run.job_name == TRAIN_AND_RELEASE
-    ]
-    return [_known(run) for run in {run.run_id: run for run in [*for_release, *under_way]}.values()]
 
 
 def _known(run: dg.DagsterRun) -> KnownRun:

@@ -12,6 +12,7 @@ from typing import Literal
 
 import msgspec
 
+from offer_assets.instance import FEED_TAG
 from offer_assets.policies import TAXONOMY_FINGERPRINT_TAG, TAXONOMY_RELEASE_TAG
 
 ATTEMPTS = 3
@@ -61,6 +62,8 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     """All that a decision is made of."""
 
     jobs: Jobs
+    feed: str
+    """Whose pointers a run changes."""
     release: str
     """Name of the newest release."""
     fingerprint: str
@@ -80,13 +83,14 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     only_names: bool
     """The release differs in nothing but names from the taxonomy that the model in service knows."""
     runs: list[KnownRun]
-    """Those for this release, and every open one that takes a release or trains."""
+    """Of this feed: those for this release, and every open one that takes a release or trains."""
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """A run that a release needs."""
 
     job: str
+    feed: str
     fingerprint: str
     release: str
     base: str
@@ -96,7 +100,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def run_key(self) -> str:
         """Dagster starts one run per key, however often it is asked for."""
-        return f"taxonomy:{self.base}:{self.fingerprint[:16]}:{self.job}:{self.attempt}"
+        return f"taxonomy:{self.feed}:{self.base}:{self.fingerprint[:16]}:{self.job}:{self.attempt}"
 
     @property
     def tags(self) -> dict[str, str]:
@@ -106,6 +110,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
             RELEASE_TAG: self.release,
             BASE_TAG: self.base,
             ATTEMPT_TAG: str(self.attempt),
+            FEED_TAG: self.feed,
         }
 
 
@@ -134,6 +139,7 @@ def decide(situation: Situation) -> Decision:
     attempts = _attempts(run for run in own if run.job == job)
     request = Request(
         job=job,
+        feed=situation.feed,
         fingerprint=situation.fingerprint,
         release=situation.release,
         base=base,
@@ -184,7 +190,8 @@ def _needed_job(situation: Situation, taken: bool, own: Iterable[KnownRun]) -> s
     """The job that brings the newest release into force; None if it is."""
     jobs = situation.jobs
     if not taken:
-        if not situation.serves:
+        # Before the first is taken nothing tells whether the model knows it, as after an upgrade it may.
+        if situation.in_force is None or not situation.serves:
             return jobs.adopt
         return jobs.refresh if situation.only_names and situation.serves_in_force else jobs.follow
     # A model that was trained for it and is not in service waits for approval, or was rolled back.

@@ -6,16 +6,19 @@ The stand-in servers answer with the version of their artifact (see ``tests.reso
 from __future__ import annotations
 
 import hashlib
+import shutil
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import msgspec
 
-from ml.artifacts import ArtifactRef, reference, write_manifest
+from ml.artifacts import MANIFEST, ArtifactRef, reference, write_manifest
 from ml.offers import TEXT_VERSION
+from ml.runner import StageContext
+from ml.stages import STAGES, Parameters
 from ml.taxonomy import Taxonomy
 from offer_assets import release
 from offer_assets.jobs import START_ENDPOINT
@@ -40,6 +43,20 @@ RENAMED_1 = "category_id,parent_id,name\n1,,Toys\n2,1,Dolls and figures\n"
 GOOD = {"student_weighted_f1": 0.9, "teacher_weighted_f1": 0.92, "student_share_of_teacher": 0.978}
 BAD = {"student_weighted_f1": 0.5, "teacher_weighted_f1": 0.92, "student_share_of_teacher": 0.543}
 COMPILED = {"same_category": 1.0, "offers": 100, "weighted_f1_original": 0.9, "weighted_f1_compiled": 0.9}
+
+
+def renamed_stand_in(context: StageContext, _parameters: Parameters) -> dict[str, Any]:
+    """Stage ``renamed_student`` for stand-ins: the files as they are, and the new taxonomy."""
+    for file in context.input("compiled_student").iterdir():
+        if file.name not in (MANIFEST, "taxonomy.parquet"):
+            shutil.copyfile(file, context.output / file.name)
+    taxonomy = context.input("catalog_taxonomy") / "taxonomy.parquet"
+    shutil.copyfile(taxonomy, context.output / taxonomy.name)
+    return {}
+
+
+RENAMED_STUDENT = replace(STAGES["renamed_student"], entry_point=f"{__name__}:renamed_stand_in")
+"""To be put into ``STAGES`` where names change."""
 
 
 def free_port() -> int:
@@ -124,10 +141,17 @@ class World:
         }
         inputs = {"student_checkpoint": student.digest, "catalog_taxonomy": tree.digest}
         compiled = self.artifact("compiled_student", name, files, inputs, **COMPILED)
-        evaluation = self.artifact("student_evaluation", name, {}, inputs, **(metrics or GOOD))
+        self.evaluate(compiled, name, **(metrics or GOOD))
+        return compiled
+
+    def evaluate(self, compiled: ArtifactRef, name: str, **metrics: float) -> None:
+        """Hold a compiled student against what is in production; it waits to be registered."""
+        production = self.tracking.production()
+        compared = {"production_model": production.ref.digest} if production else {}
+        inputs = {"student_checkpoint": self.compute.manifest(compiled).inputs["student_checkpoint"]}
+        evaluation = self.artifact("student_evaluation", name, {}, inputs | compared, **metrics)
         self.store.write_pointer("student_evaluation", evaluation)
         self.store.write_pointer(f"compiled_student/{CPU}", compiled)
-        return compiled
 
     def definitions(self, approval: str) -> dg.Definitions:
         register_job = dg.define_asset_job(REGISTER, selection=dg.AssetSelection.assets("model_version"))
@@ -187,6 +211,11 @@ class World:
         compiled = self.train(name, **training)
         self.run(RELEASE, approval=approval)
         return compiled
+
+    def rename(self, csv: str) -> dg.ExecuteInProcessResult:
+        """Take a taxonomy with other names and serve the version in production under them."""
+        self.adopt(csv)
+        return self.run(RELEASE, op="model_version", config={"model": "production"})
 
     def decide(self, version: ArtifactRef | str, decision: str, **config: Any) -> dg.ExecuteInProcessResult:
         wanted = version if isinstance(version, str) else version.version

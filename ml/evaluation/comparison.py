@@ -8,7 +8,7 @@ import msgspec
 
 Group = Literal["overall", "country", "top_level", "change"]
 """By what offers are told apart: nothing, their country, the root above their category, or whether the
-last change of the taxonomy touched their category."""
+taxonomy changed at their category since the version in production."""
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
@@ -19,7 +19,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     offers: int
     difference: float
     low: float
-    """Lower end of the interval; all intervals of an evaluation hold at once with 95 % confidence."""
+    """Lower end of the 95 % interval; those of all segments hold at once."""
     high: float
 
     @property

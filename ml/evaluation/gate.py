@@ -125,14 +125,16 @@ def student_is_not_worse_than_production(metrics: Mapping[str, Any], limits: Gat
 def no_segment_is_worse_than_production(metrics: Mapping[str, Any], limits: GateLimits) -> Proposition:
     """In no segment of the offers the student loses more than ``max_segment_loss`` to production.
 
-    Segments are countries, top-level categories, and categories that the last change of the taxonomy
-    left alone, changed or brought. As with the overall figure, a segment counts as worse when the loss
+    Segments are countries, top-level categories, and categories that are unchanged, changed or new
+    since production's taxonomy. As with the overall figure, a segment counts as worse when the loss
     is beyond the limit and its whole interval lies below zero. Intervals are wide enough to hold all at
-    once: among equal models, one in twenty at most would fail.
+    once: among equal models, one in twenty at most would fail. Segments that are too small to be judged
+    are counted in the sentence.
     """
     name, limit = "no_segment_is_worse_than_production", -limits.max_segment_loss
     if nothing := _nothing_to_compare(name, limit, metrics, limits):
         return nothing
+    too_small = _number(metrics, "segments_too_small")
     segments = [c for c in _comparisons(metrics) if c.group != "overall"]
     if not segments:
         return Proposition(
@@ -140,7 +142,7 @@ def no_segment_is_worse_than_production(metrics: Mapping[str, Any], limits: Gate
             passed=True,
             value=None,
             limit=limit,
-            sentence="No segment of the offers is large enough to be compared on its own.",
+            sentence=f"None of {too_small:,.0f} segments is large enough to be judged on its own.",
         )
     worst_first = sorted(segments, key=lambda c: (c.difference, c.group, c.segment))
     # Written so that a figure that is not a number counts as worse.
@@ -157,7 +159,8 @@ def no_segment_is_worse_than_production(metrics: Mapping[str, Any], limits: Gate
         value=(worse or worst_first)[0].difference,
         limit=limit,
         sentence=f"Against the version in production the student is {found} (a loss of weighted F1 beyond "
-        f"{limits.max_segment_loss:.4f} that is not chance is too much).",
+        f"{limits.max_segment_loss:.4f} that is not chance is too much)"
+        + (f"; {too_small:,.0f} more are too small to be judged." if too_small else "."),
     )
 
 

@@ -212,7 +212,7 @@ def paired_bootstrap(
         seed: Seed of the draws.
         coverage: Share of resamples inside the interval.
     """
-    difference, drawn, _ = _bootstrapped(truth, first, second, clusters, resamples, seed)
+    difference, drawn = _bootstrapped(truth, first, second, clusters, resamples, seed)
     tail = (1 - coverage) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail])
     return Interval(difference=difference, low=float(low), high=float(high))
@@ -228,14 +228,14 @@ def paired_segments(
     resamples: int = 500,
     seed: int = 0,
     coverage: float = 0.95,
-) -> list[Interval]:
+) -> list[Interval | None]:
     """Weighted F1 of ``first`` minus that of ``second`` within each segment; all intervals hold at once.
 
-    Each interval has the coverage ``1 - (1 - coverage) / segments`` (Bonferroni). So far out in the
-    tails percentiles of some hundred resamples say nothing: 60 segments would need the smallest of
+    Of a segment of fewer than ``LEAST_CLUSTERS`` nothing can be said: it gets None, and costs the others
+    nothing. Each interval has the coverage ``1 - (1 - coverage) / intervals`` (Bonferroni). So far out in
+    the tails percentiles of some hundred resamples say nothing: 60 segments would need the smallest of
     2,400. The interval is therefore Student's, from the standard deviation of the resamples, with one
-    degree of freedom less than there are clusters. A segment of fewer than ``LEAST_CLUSTERS`` gets the
-    interval from -1 to 1, since nothing can be said. Where both models answer alike the interval has no
+    degree of freedom less than there are clusters. Where both models answer alike the interval has no
     width, at 0; without any spread it has none elsewhere either, which takes a difference that every
     cluster shares.
 
@@ -243,28 +243,26 @@ def paired_segments(
         truth: Shape (n,).
         first: Predictions of one model, shape (n,).
         second: Predictions of the other, shape (n,).
-        segments: Offers of each segment, shape (n,) each, none empty; they may overlap.
+        segments: Offers of each segment, shape (n,) each; they may overlap.
         clusters: As for :func:`paired_bootstrap`.
         resamples: Number of bootstrap resamples per segment.
         seed: Seed of the draws.
         coverage: Probability that all intervals hold.
     """
-    intervals = []
-    for inside in segments:
-        difference, drawn, units = _bootstrapped(
-            truth[inside],
-            first[inside],
-            second[inside],
-            None if clusters is None else clusters[inside],
-            resamples,
-            seed,
-        )
+    of_offer = np.arange(len(truth)) if clusters is None else clusters
+    clusters_in = [len(np.unique(of_offer[inside])) for inside in segments]
+    judged = sum(units >= LEAST_CLUSTERS for units in clusters_in)
+    intervals: list[Interval | None] = []
+    for inside, units in zip(segments, clusters_in, strict=True):
         if units < LEAST_CLUSTERS:
-            intervals.append(Interval(difference=difference, low=-1.0, high=1.0))
+            intervals.append(None)
             continue
+        difference, drawn = _bootstrapped(
+            truth[inside], first[inside], second[inside], of_offer[inside], resamples, seed
+        )
         # Drawing from as many units as there are makes the spread too small by this factor.
         spread = float(np.std(drawn, ddof=1)) * (units / (units - 1)) ** 0.5
-        reach = float(stdtrit(units - 1, 1 - (1 - coverage) / len(segments) / 2)) * spread
+        reach = float(stdtrit(units - 1, 1 - (1 - coverage) / judged / 2)) * spread
         intervals.append(
             Interval(
                 difference=difference, low=max(-1.0, difference - reach), high=min(1.0, difference + reach)
@@ -275,8 +273,8 @@ def paired_segments(
 
 def _bootstrapped(
     truth: Array, first: Array, second: Array, clusters: Array | None, resamples: int, seed: int
-) -> tuple[float, Floats, int]:
-    """The difference of weighted F1, that of each resample (resamples,), and the number of clusters.
+) -> tuple[float, Floats]:
+    """The difference of weighted F1, and that of each resample (resamples,).
 
     Counts per class are sums over clusters, so those of many resamples are one sparse product.
     """
@@ -307,7 +305,7 @@ def _bootstrapped(
         places = random.integers(units, size=(units, number)) * number + np.arange(number)
         weights = np.bincount(places.ravel(), minlength=units * number).reshape(units, number)
         drawn.append(differences(weights.astype(float)))
-    return float(differences(np.ones((units, 1)))[0]), np.concatenate(drawn), units
+    return float(differences(np.ones((units, 1)))[0]), np.concatenate(drawn)
 
 
 def _per_class(true: Array, guess: Array, classes: int, weights: Array | None) -> dict[str, Floats]:

@@ -145,7 +145,7 @@ def comparisons(rows: Sequence[Comparison]) -> bytes:
     axes.set_yticks(range(len(shown)), [f"{row.title} ({row.offers:,})" for row in shown])
     axes.tick_params(axis="y", labelsize=7)
     axes.invert_yaxis()
-    axes.set(xlabel="difference of weighted F1 (all intervals at once: 95 %)")
+    axes.set(xlabel="difference of weighted F1 (95 % intervals, of all segments at once)")
     return canvas.png(legend="above")
 
 

@@ -45,11 +45,11 @@ from ml.learning.fast_model import FastModel
 from ml.offers import TEXT_VERSION
 from ml.runner import StageContext
 from ml.sampling.label_sources import WEAK
-from ml.serving.predictor import Predictor
+from ml.serving.predictor import TAXONOMY_FILE, Predictor
 from ml.stages import EvaluationParameters
 from ml.taxonomy import Taxonomy
-from ml.taxonomy_change.change import changed_categories
-from ml.taxonomy_change.transitions import Transitions, most_likely_moves
+from ml.taxonomy_change.change import changed_categories, changed_since
+from ml.taxonomy_change.transitions import Transition, Transitions, most_likely_moves
 
 STUDENT, TEACHER, FAST, PRODUCTION = "student", "teacher", "fast", "production"
 
@@ -106,9 +106,10 @@ class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
     size_bands: list[Band]
     countries: dict[str, Scores]
     changes: dict[str, Scores]
-    """By what the last change of the taxonomy did to the true category: unchanged, changed, new."""
+    """By what happened to the true category since production's taxonomy (if there is no version in
+    production, in the last change): unchanged, changed, new."""
     weak_categories: Scores | None
-    """On categories that only weak labels were trained on; None if there are none or it is not known."""
+    """On weakly labelled categories; None if there are none or it is not known."""
     calibration: Calibration
     unknown_labels: int
     offers_per_second: float
@@ -129,6 +130,10 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     """The student's best categories."""
     worst_categories: list[CategoryRow]
     """The student's worst categories."""
+    segments_too_small: int
+    """Segments that have too few offers or products to be compared on their own."""
+    weak_categories_not_measured: int | None
+    """Weakly labelled categories without an evaluation offer; None if it is not known."""
     production_not_comparable: str | None = None
 
 
@@ -139,8 +144,8 @@ def evaluate_student(context: StageContext, parameters: EvaluationParameters) ->
 
     Returns:
         Flat figures ``<model>_weighted_f1`` and the like, ``student_share_of_teacher``, and where a
-        version is in production ``student_minus_production`` with ``_low`` and ``_high`` and the list
-        ``comparisons`` (see :class:`Comparison`).
+        version is in production ``student_minus_production`` with ``_low`` and ``_high``, the list
+        ``comparisons`` (see :class:`Comparison`) and ``segments_too_small``.
 
     Raises:
         InputError: the evaluation set is empty or a model cannot be loaded.
@@ -151,7 +156,8 @@ def evaluate_student(context: StageContext, parameters: EvaluationParameters) ->
     trained = _trained(context.optional_input("training_sample"))
     loaders, not_comparable = _loaders(context, parameters)
     truth = _texts_of(offers, "category_id")
-    changes = _changes(context.optional_input("taxonomy_change"), truth)
+    production = context.input("production_model") if PRODUCTION in loaders else None
+    changes = _changes(context.optional_input("taxonomy_change"), production, taxonomy, truth)
     texts = [str(text) for text in offers["text"].to_pylist()]
 
     answers = {name: _answers(context, name, load, texts, truth) for name, load in loaders.items()}
@@ -160,26 +166,37 @@ def evaluate_student(context: StageContext, parameters: EvaluationParameters) ->
     }
     clusters = _texts_of(offers, "product_id", "gtin", "text")
     best, worst = _best_and_worst(truth, answers[STUDENT].category_ids, taxonomy)
+    student_minus = {
+        name: paired_bootstrap(
+            truth,
+            answers[STUDENT].category_ids,
+            answer.category_ids,
+            clusters=clusters,
+            resamples=parameters.bootstrap,
+            seed=parameters.seed,
+        )
+        for name, answer in answers.items()
+        if name != STUDENT
+    }
+    comparisons, too_small = list[Comparison](), 0
+    if PRODUCTION in answers:
+        segments = _segments(offers, truth, taxonomy, changes)
+        compared = _compared(answers, truth, segments, clusters, parameters)
+        comparisons = [_comparison("overall", "all offers", len(truth), student_minus[PRODUCTION]), *compared]
+        too_small = len(segments) - len(compared)
     evaluation = Evaluation(
         offers=len(offers),
         categories=len(np.unique(truth)),
         text_version=TEXT_VERSION,
         models=reports,
-        student_minus={
-            name: paired_bootstrap(
-                truth,
-                answers[STUDENT].category_ids,
-                answer.category_ids,
-                clusters=clusters,
-                resamples=parameters.bootstrap,
-                seed=parameters.seed,
-            )
-            for name, answer in answers.items()
-            if name != STUDENT
-        },
-        comparisons=_comparisons(answers, offers, truth, taxonomy, changes, clusters, parameters),
+        student_minus=student_minus,
+        comparisons=comparisons,
         best_categories=best,
         worst_categories=worst,
+        segments_too_small=too_small,
+        weak_categories_not_measured=(
+            len(set(trained.weakly_labelled) - set(truth.tolist())) if trained else None
+        ),
         production_not_comparable=not_comparable,
     )
     _write(context, evaluation, answers, offers, truth)
@@ -229,6 +246,9 @@ def flat_metrics(evaluation: Evaluation) -> dict[str, Any]:
         metrics["comparisons"] = [
             _rounded(msgspec.to_builtins(comparison)) for comparison in evaluation.comparisons
         ]
+        metrics["segments_too_small"] = evaluation.segments_too_small
+    if evaluation.weak_categories_not_measured is not None:
+        metrics["weak_categories_not_measured"] = evaluation.weak_categories_not_measured
     return _rounded(metrics)
 
 
@@ -252,8 +272,8 @@ class _Trained(msgspec.Struct, frozen=True):
 
     offers: dict[str, int]
     """Training offers of each category."""
-    weak_only: list[str]
-    """Categories all of whose training offers have weak labels."""
+    weakly_labelled: list[str]
+    """Categories at least half of whose training offers have weak labels: guesses say what they are."""
 
 
 def _trained(training_sample: Path | None) -> _Trained | None:
@@ -269,67 +289,78 @@ def _trained(training_sample: Path | None) -> _Trained | None:
     offers: Counter[str] = Counter()
     for (category, _), count in rows.items():
         offers[str(category)] += count
-    weak_only = [name for name, count in offers.items() if rows[name, WEAK] == count]
-    return _Trained(offers=offers, weak_only=weak_only)
+    weakly_labelled = [name for name, count in offers.items() if rows[name, WEAK] >= count / 2]
+    return _Trained(offers=offers, weakly_labelled=weakly_labelled)
 
 
-def _changes(taxonomy_change: Path | None, truth: Array) -> Array | None:
-    """What the last change of the taxonomy did to each offer's category, (n,); None if that is unknown."""
+def _changes(
+    taxonomy_change: Path | None, production: Path | None, taxonomy: Taxonomy, truth: Array
+) -> Array | None:
+    """What happened to each offer's category, (n,): since production's taxonomy, or in the last change.
+
+    None if that is unknown.
+    """
     if taxonomy_change is None:
         return None
-    changed: Mapping[str, str] = changed_categories(taxonomy_change)
+    changed: Mapping[str, str]
+    if production:
+        known = Taxonomy.load(production / TAXONOMY_FILE)
+        changed = changed_since(known, taxonomy, _transitions_since(production, taxonomy_change))
+    else:
+        changed = changed_categories(taxonomy_change)
     return np.array([changed.get(category, _UNCHANGED) for category in truth.tolist()], dtype=str)
 
 
-def _comparisons(
-    answers: Mapping[str, Answers],
-    offers: pa.Table,
-    truth: Array,
-    taxonomy: Taxonomy,
-    changes: Array | None,
-    clusters: Array,
-    parameters: EvaluationParameters,
-) -> list[Comparison]:
-    """The student against production on all offers and on every segment that has enough of them.
+def _segments(
+    offers: pa.Table, truth: Array, taxonomy: Taxonomy, changes: Array | None
+) -> dict[tuple[Group, str], npt.NDArray[np.bool_]]:
+    """Offers of each segment, (n,).
 
     A segment that holds all offers is left out: it would say again what the overall comparison says.
     """
-    if PRODUCTION not in answers:
-        return []
-    segments: dict[tuple[Group, str], npt.NDArray[np.bool_]] = {
-        ("overall", "all offers"): np.ones(len(truth), dtype=bool)
-    }
     names: dict[Group, Array] = {
         "country": _texts_of(offers, "country"),
         "top_level": _top_levels(truth, taxonomy),
     }
     if changes is not None:
         names["change"] = changes
-    for group, of_offers in names.items():
-        for name in np.unique(of_offers).tolist():
-            inside = of_offers == name
-            if parameters.min_segment_offers <= inside.sum() < len(truth):
-                segments[group, name] = inside
+    segments = {
+        (group, name): of_offers == name
+        for group, of_offers in names.items()
+        for name in np.unique(of_offers).tolist()
+    }
+    return {place: inside for place, inside in segments.items() if not inside.all()}
+
+
+def _compared(
+    answers: Mapping[str, Answers],
+    truth: Array,
+    segments: Mapping[tuple[Group, str], npt.NDArray[np.bool_]],
+    clusters: Array,
+    parameters: EvaluationParameters,
+) -> list[Comparison]:
+    """The student against production on every segment that has enough offers and products."""
+    large = {
+        place: inside for place, inside in segments.items() if inside.sum() >= parameters.min_segment_offers
+    }
     intervals = paired_segments(
         truth,
         answers[STUDENT].category_ids,
         answers[PRODUCTION].category_ids,
-        list(segments.values()),
+        list(large.values()),
         clusters=clusters,
         resamples=parameters.bootstrap,
         seed=parameters.seed,
     )
     return [
-        Comparison(
-            group=group,
-            segment=segment,
-            offers=int(inside.sum()),
-            difference=interval.difference,
-            low=interval.low,
-            high=interval.high,
-        )
-        for ((group, segment), inside), interval in zip(segments.items(), intervals, strict=True)
+        _comparison(*place, int(inside.sum()), interval)
+        for (place, inside), interval in zip(large.items(), intervals, strict=True)
+        if interval
     ]
+
+
+def _comparison(group: Group, segment: str, offers: int, interval: Interval) -> Comparison:
+    return Comparison(group=group, segment=segment, offers=offers, **msgspec.structs.asdict(interval))
 
 
 def _top_levels(truth: Array, taxonomy: Taxonomy) -> Array:
@@ -371,18 +402,19 @@ def _loaders(
         reason = f"it reads offer text version {version}, this version makes {TEXT_VERSION}"
         context.progress.say(f"the version in production is left out: {reason}")
         return loaders, reason
-    moves = _moves_since(facts.get("taxonomy_version", ""), context.optional_input("taxonomy_change"))
+    taxonomy_change = context.optional_input("taxonomy_change")
+    since = _transitions_since(production, taxonomy_change) if taxonomy_change else {}
+    moves = most_likely_moves(since.values())
     return loaders | {PRODUCTION: lambda: _Moved(Predictor.load(production), moves)}, None
 
 
-def _moves_since(taxonomy_version: str, taxonomy_change: Path | None) -> dict[str, str]:
-    """Where categories of an earlier taxonomy belong today, the likeliest place for each."""
-    if taxonomy_change is None:
-        return {}
+def _transitions_since(production: Path, taxonomy_change: Path) -> dict[str, Transition]:
+    """Where categories of production's taxonomy belong today, by id, as far as they do not simply live on."""
     transitions = Transitions.read(taxonomy_change)
+    version = msgspec.json.decode((production / "model.json").read_bytes())["taxonomy_version"]
     # A model knows the short form of the digest; an unknown one counts as older than all.
-    digest = next((d for d in transitions.history if short_version(d) == taxonomy_version), taxonomy_version)
-    return most_likely_moves(transitions.for_labels_of(digest).values())
+    digest = next((d for d in transitions.history if short_version(d) == version), version)
+    return transitions.for_labels_of(digest)
 
 
 class _Moved:
@@ -454,7 +486,7 @@ def _report(
     trained: _Trained | None,
 ) -> ModelReport:
     predicted = answers.category_ids
-    weak = np.isin(truth, np.array(trained.weak_only if trained else [], dtype=str))
+    weak = np.isin(truth, np.array(trained.weakly_labelled if trained else [], dtype=str))
     levels = scores_by_level(truth, predicted, taxonomy.ancestor_at, taxonomy.levels)
     return ModelReport(
         overall=scores(truth, predicted),

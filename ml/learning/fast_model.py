@@ -2,7 +2,7 @@
 
 It answers thousands of offers a second where the transformer answers hundreds, and is the baseline
 that a transformer has to beat. It learns from the labelled offers and from unlabelled ones
-of which the teacher is sure. Needs no torch.
+of which the teacher is sure; what a model guessed counts by its confidence. Needs no torch.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def train_fast_model(context: StageContext, parameters: FastModelParameters) -> 
     labels = sorted({*training.categories, *pseudo_categories})
     texts = training.texts + pseudo_texts
     targets = targets_of(labels, training.categories + pseudo_categories)
-    weights = np.concatenate([np.ones(len(training.texts)), pseudo_weights])
+    weights = np.concatenate([training.weights, pseudo_weights])
     context.progress.say(
         f"{len(training.texts):,} labelled offers and {len(pseudo_texts):,} labelled by the teacher, "
         f"{len(labels):,} categories"

@@ -2,7 +2,7 @@
 
 It learns on labelled and unlabelled offers alike. Per offer, the teacher's most likely categories
 and "any other" are the outcomes; the student's distribution over the same outcomes is drawn to the
-teacher's. On labelled offers the human label adds a cross-entropy.
+teacher's. On labelled offers the label adds a cross-entropy, by its confidence where a model guessed it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class DistillationSet(msgspec.Struct, frozen=True):
 
     texts: list[str]
     targets: NDArray[np.int64]
-    """Class of the human label, (offers,); -1 where there is none."""
+    """Class of the label, (offers,); -1 where there is none."""
+    weights: NDArray[np.float64]
+    """What the label counts, (offers,)."""
     teacher: TeacherLabels
     """Of the same offers."""
     teacher_choice_on_validation: NDArray[np.int64]
@@ -114,7 +116,7 @@ def train_student(context: StageContext, parameters: StudentParameters) -> dict[
 
 
 class DistillationLoss:
-    """Divergence from the teacher over its top outcomes and "any other", plus the human label's loss.
+    """Divergence from the teacher over its top outcomes and "any other", plus the label's loss.
 
     The temperature softens the outcomes' distribution on both sides; the divergence is multiplied by
     its square, which keeps the gradient's size.
@@ -131,6 +133,7 @@ class DistillationLoss:
         self._log_teacher = functional.log_softmax(tempered, dim=1)
         self._top = torch.from_numpy(teacher.top_indices).to(device)
         self._targets = torch.from_numpy(data.targets).to(device)
+        self._weights = torch.from_numpy(data.weights).float().to(device)
         self._temperature = temperature
         self._label_weight = label_weight
 
@@ -142,7 +145,9 @@ class DistillationLoss:
         log_outcomes = functional.log_softmax(torch.cat([logits.gather(1, top), tail], dim=1), dim=1)
         log_student = functional.log_softmax(log_outcomes / self._temperature, dim=1)
         divergence = functional.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
-        label_loss = functional.cross_entropy(logits, targets, ignore_index=-1, reduction="sum") / len(rows)
+        log_probabilities = functional.log_softmax(logits, dim=1) * self._weights[index, None]
+        loss_sum = functional.nll_loss(log_probabilities, targets, ignore_index=-1, reduction="sum")
+        label_loss = loss_sum / len(rows)
         return divergence * self._temperature**2 + self._label_weight * label_loss
 
 
@@ -179,9 +184,11 @@ def _distillation_set(context: StageContext, labels: list[str]) -> DistillationS
     check_same_offers(on_unlabelled, unlabelled.offer_ids, sample)
     split = np.array(strings(labelled["split"]))
     no_label = np.full(len(unlabelled.texts), -1)
+    no_weight = np.zeros(len(unlabelled.texts))
     return DistillationSet(
         texts=training.texts + unlabelled.texts,
         targets=np.concatenate([targets_of(labels, training.categories), no_label]),
+        weights=np.concatenate([training.weights, no_weight]),
         teacher=_joined(on_labelled, np.flatnonzero(split == "train"), on_unlabelled),
         teacher_choice_on_validation=on_labelled.top_indices[split == "validation", 0],
         labelled=training,

@@ -2,7 +2,7 @@
 
 The loss is cross-entropy over the categories, plus a smaller cross-entropy at every level above:
 the probability of an ancestor is the sum over the categories below it. So a near miss costs less
-than a far one, and one softmax serves all levels.
+than a far one, and one softmax serves all levels. A label that a model guessed counts by its confidence.
 """
 
 from __future__ import annotations
@@ -61,6 +61,11 @@ def train_teacher(context: StageContext, parameters: TeacherParameters) -> dict[
     )
     hierarchy = HierarchicalLoss(taxonomy, labels, parameters.ancestor_loss, model.device)
     targets = torch.from_numpy(targets_of(labels, training.categories)).to(model.device)
+    weights = torch.from_numpy(training.weights).float().to(model.device)
+
+    def batch_loss(logits: Tensor, rows: NDArray[np.int64]) -> Tensor:
+        index = torch.from_numpy(rows)
+        return hierarchy(logits, targets[index], weights[index])
 
     def initialise() -> None:
         context.progress.say("initialising the output layer")
@@ -71,7 +76,7 @@ def train_teacher(context: StageContext, parameters: TeacherParameters) -> dict[
     state = train(
         model,
         texts,
-        batch_loss=lambda logits, rows: hierarchy(logits, targets[torch.from_numpy(rows)]),
+        batch_loss=batch_loss,
         validate=lambda: validation_figures(
             model.predict_logits(validation.texts), labels, validation.categories
         ),
@@ -112,17 +117,25 @@ class HierarchicalLoss:
         ]
         self._level = torch.tensor([taxonomy.level(label) for label in labels], device=device)
 
-    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss of logits (rows, classes) for class numbers ``targets`` (rows,)."""
+    def __call__(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        """Mean over the rows of their ``weights`` (rows,) times their losses.
+
+        Args:
+            logits: Shape (rows, classes).
+            targets: Class numbers, (rows,).
+            weights: What each row counts, (rows,).
+        """
         log_probabilities = functional.log_softmax(logits, dim=1)
-        loss = functional.nll_loss(log_probabilities, targets)
+        # Logarithms are weighed, not losses: so torch adds up rows of weight 1 as if there were no weights.
+        loss = functional.nll_loss(log_probabilities * weights[:, None], targets)
         if not self._ancestor_weight:
             return loss
         for level, group_of_class in enumerate(self._groupings, start=1):
             below = self._level[targets] > level
             in_group = group_of_class[None, :] == group_of_class[targets[below], None]
             kept = log_probabilities[below].masked_fill(~in_group, -torch.inf)
-            loss = loss - self._ancestor_weight * torch.logsumexp(kept, dim=1).sum() / len(targets)
+            of_ancestors = torch.logsumexp(kept, dim=1) * weights[below]
+            loss = loss - self._ancestor_weight * of_ancestors.sum() / len(targets)
         return loss
 
 

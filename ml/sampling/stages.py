@@ -7,8 +7,8 @@ held-out share are never trained on, so the evaluation set can grow from them la
 training offer shares no product, GTIN or title (nor shop, if split by shop) with any evaluation offer.
 
 Labels are those of today's taxonomy: what ``migrated_labels`` decided stands in for what was delivered.
-Only labels that people gave, or that moved without a doubt, are measured on. What a model guessed (a
-label moved by evidence, a weak label) is at most learned from.
+Only labels that people gave, or that moved without a doubt, are validated and measured on. What a model
+guessed (a label moved by evidence, a weak label) is at most learned from.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ml.artifacts import read_manifest
+from ml.artifacts import read_manifest, short_version
 from ml.errors import InputError
 from ml.offers import CLEAN_SCHEMA, TEXT_VERSION, offer_texts
 from ml.runner import StageContext
-from ml.sampling.label_sources import HUMAN, MIGRATED, WEAK
+from ml.sampling.label_sources import BY_EVIDENCE, GUESSED, HUMAN, MIGRATED, WEAK
 from ml.sampling.split import PRODUCT_KEYS, SPLIT_FILE, Split
 from ml.sampling.validation_split import write_splits
 from ml.stages import EvaluationSetParameters, TrainingSampleParameters
@@ -60,8 +60,10 @@ def write_evaluation_set(context: StageContext, parameters: EvaluationSetParamet
         ``labels_put_aside`` and others.
 
     Raises:
-        InputError: there is nothing to choose from (no labelled offers, or none held out).
+        InputError: there is nothing to choose from (no labelled offers, or none held out), or the labels
+            were migrated to another taxonomy.
     """
+    _check_taxonomy(context, "taxonomy_change", "migrated_labels")
     previous = context.optional_input("previous")
     split = Split(
         split_by=parameters.split_by,
@@ -137,17 +139,18 @@ def write_training_sample(context: StageContext, parameters: TrainingSampleParam
     Labelled offers are capped per product and per category; where they are still too many in all,
     every category keeps a share in proportion to the square root of its size, and at least one
     offer as long as there is room. Weak labels fill the room that others leave under the caps; they
-    are trained on, never validated on. Unlabelled and reference offers are drawn uniformly; of an
-    offer delivered on several days the newest version counts.
+    and labels moved by evidence are trained on, never validated on. Unlabelled and reference offers are
+    drawn uniformly; of an offer delivered on several days the newest version counts.
 
     Returns:
         Counts per file and split, ``categories``, ``categories_with_fewer_than_10``, ``migrated``,
-        ``put_aside``, ``weak``, ``categories_with_weak_labels_only`` and others.
+        ``by_evidence``, ``put_aside``, ``weak``, ``categories_with_weak_labels_only`` and others.
 
     Raises:
-        InputError: fewer than two categories are left to learn, or the parameters contradict the
-            evaluation set.
+        InputError: fewer than two categories are left to learn, the parameters contradict the
+            evaluation set, or the labels were migrated to another taxonomy.
     """
+    _check_taxonomy(context, "migrated_labels")
     evaluation_set = context.input("evaluation_set")
     split = Split.read(evaluation_set)
     _check_same_split(split, parameters)
@@ -245,8 +248,8 @@ def _see_offers(database: duckdb.DuckDBPyConnection, context: StageContext, spli
         CREATE TEMP VIEW delivered AS
         SELECT offer.* REPLACE (if(decision IS NULL, category_id, moved_to) AS category_id),
             category_id AS labelled_as, decision,
-            CASE WHEN decision IS NOT NULL THEN if(moved_to IS NULL, NULL, '{MIGRATED}')
-                WHEN category_id IS NOT NULL THEN '{HUMAN}' END AS label_source,
+            CASE WHEN moved_to IS NOT NULL THEN if(decision = 'by_evidence', '{BY_EVIDENCE}', '{MIGRATED}')
+                WHEN decision IS NULL AND category_id IS NOT NULL THEN '{HUMAN}' END AS label_source,
             if(decision IS NULL, 1.0, confidence) AS label_confidence
         FROM ({" UNION ALL BY NAME ".join(days)}) AS offer
         LEFT JOIN decided USING (offer_id, delivered_on)""")
@@ -345,7 +348,7 @@ def _free_unlearnable_categories(database: duckdb.DuckDBPyConnection, split: Spl
         SELECT * FROM labelled
         ANTI JOIN (SELECT offer_id FROM kept) USING (offer_id)
         {_sharing_nothing_with("(FROM labelled SEMI JOIN training_only USING (group_key))", PRODUCT_KEYS)}
-        WHERE held_out AND decision IS DISTINCT FROM 'by_evidence'""")
+        WHERE held_out AND label_source NOT IN {GUESSED}""")
     shared = split.shared_columns
     database.execute(f"""
         CREATE TEMP TABLE freed AS
@@ -376,6 +379,18 @@ def _check_same_split(split: Split, parameters: TrainingSampleParameters) -> Non
         if wanted != found:
             raise InputError(
                 f"{name} is {wanted} here but the evaluation set was made with {found}; set both the same"
+            )
+
+
+def _check_taxonomy(context: StageContext, *migrations: str) -> None:
+    """Raise InputError if one of these inputs leads to another taxonomy than the one given."""
+    taxonomy = read_manifest(context.input("catalog_taxonomy"))
+    for name in migrations:
+        led_to = read_manifest(context.input(name)).inputs["catalog_taxonomy"]
+        if led_to != taxonomy.digest:
+            raise InputError(
+                f"{name} leads to version {short_version(led_to)} of the taxonomy, the one given is "
+                f"{short_version(taxonomy.digest)}; materialize {name} anew"
             )
 
 
@@ -434,7 +449,8 @@ def _choose_labelled(
 
 def _check_learnable(database: duckdb.DuckDBPyConnection) -> None:
     categories = _scalar(
-        database, f"SELECT count(DISTINCT category_id) FROM labelled_chosen WHERE label_source <> '{WEAK}'"
+        database,
+        f"SELECT count(DISTINCT category_id) FROM labelled_chosen WHERE label_source NOT IN {GUESSED}",
     )
     if categories < 2:
         raise InputError(
@@ -484,6 +500,7 @@ def _label_counts(database: duckdb.DuckDBPyConnection) -> dict[str, int]:
         "labelled_available": "SELECT count(*) FROM labelled",
         "labelled_kept_for_evaluation": ("SELECT count(*) FROM labelled ANTI JOIN eligible USING (offer_id)"),
         "migrated": f"SELECT count(*) FROM sampled WHERE label_source = '{MIGRATED}'",
+        "by_evidence": f"SELECT count(*) FROM sampled WHERE label_source = '{BY_EVIDENCE}'",
         "weak": f"SELECT count(*) FROM sampled WHERE {is_weak}",
         "put_aside": _PUT_ASIDE,
         "categories_with_weak_labels_only": (

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from ml.sampling.label_sources import WEAK
+from ml.sampling.label_sources import GUESSED
 from ml.sampling.split import PRODUCT_KEYS
 from ml.stages import TrainingSampleParameters
 
@@ -29,11 +29,13 @@ def write_splits(path: Path, parameters: TrainingSampleParameters) -> dict[str, 
 
     Split by product, everything connected by product, GTIN or title goes to one side. Split by
     shop that would connect nearly all shops, so whole shops are validated on, and those of their
-    offers that repeat a training product are left out. Weak labels have no say in who validates: they
-    are trained on, and left out where they share something with a validation offer.
+    offers that repeat a training product are left out. Labels that a model guessed (weak ones, and those
+    moved by evidence) have no say in who validates: they are trained on, and left out where they share
+    something with a validation offer.
     """
     sampled = pq.read_table(path)
-    table = sampled.filter(pc.field("label_source") != WEAK)
+    is_guessed = pc.field("label_source").isin(GUESSED)
+    table = sampled.filter(~is_guessed)
     keys = _keys_of(table)
     units = table["shop_id"].to_numpy() if parameters.split_by == "shop" else _connected(keys)
     names = [str(name) for name in table["offer_id"].to_pylist()]
@@ -56,13 +58,11 @@ def write_splits(path: Path, parameters: TrainingSampleParameters) -> dict[str, 
             leave_out |= validates & np.array([key in trained for key in values])
     labels = pa.array(np.where(validates, "validation", "train").tolist(), pa.string())
     table = table.append_column("split", labels).filter(pa.array(~leave_out))
-    weak = _apart_from(
-        table.filter(pc.field("split") == "validation"),
-        sampled.filter(pc.field("label_source") == WEAK),
-        parameters.split_by,
+    guessed = _apart_from(
+        table.filter(pc.field("split") == "validation"), sampled.filter(is_guessed), parameters.split_by
     )
-    weak = weak.append_column("split", pa.array(["train"] * len(weak), pa.string()))
-    table = pa.concat_tables([table, weak]).sort_by("offer_id")
+    guessed = guessed.append_column("split", pa.array(["train"] * len(guessed), pa.string()))
+    table = pa.concat_tables([table, guessed]).sort_by("offer_id")
     pq.write_table(table, path)
 
     sizes = np.unique(np.asarray(table["category_id"].to_pylist(), dtype=str), return_counts=True)[1]
@@ -76,16 +76,16 @@ def write_splits(path: Path, parameters: TrainingSampleParameters) -> dict[str, 
     }
 
 
-def _apart_from(validation: pa.Table, weak: pa.Table, split_by: str) -> pa.Table:
-    """Rows of ``weak`` that share no key (nor shop, if split by shop) with a row of ``validation``."""
-    held, keys = _keys_of(validation), _keys_of(weak)
+def _apart_from(validation: pa.Table, guessed: pa.Table, split_by: str) -> pa.Table:
+    """Rows of ``guessed`` that share no key (nor shop, if split by shop) with a row of ``validation``."""
+    held, keys = _keys_of(validation), _keys_of(guessed)
     if split_by == "shop":
-        held["shop_id"], keys["shop_id"] = validation["shop_id"].to_pylist(), weak["shop_id"].to_pylist()
-    shares = np.zeros(len(weak), dtype=bool)
+        held["shop_id"], keys["shop_id"] = validation["shop_id"].to_pylist(), guessed["shop_id"].to_pylist()
+    shares = np.zeros(len(guessed), dtype=bool)
     for name, values in keys.items():
         known = set(held[name]) - {None}
         shares |= np.array([value in known for value in values], dtype=bool)
-    return weak.filter(pa.array(~shares))
+    return guessed.filter(pa.array(~shares))
 
 
 def _give_back(validates: Any, units: Any, draws: Any, categories: Any) -> None:

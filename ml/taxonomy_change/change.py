@@ -25,7 +25,7 @@ from ml.offers import CLEAN_FILE, CLEAN_SCHEMA, offer_texts
 from ml.taxonomy import Taxonomy
 from ml.taxonomy_change.diff import TaxonomyDiff
 from ml.taxonomy_change.releases import read_mapping
-from ml.taxonomy_change.successors import Flow, infer_transitions
+from ml.taxonomy_change.successors import Flow, infer_transitions, late_transitions
 from ml.taxonomy_change.transitions import Origin, Transition, Transitions, certain_moves, compose
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 CHANGE_FILE = "change.json"
 IMPACT_FILE = "impact.parquet"
 
+Difference = Literal["new", "changed"]
 ChangeKind = Literal["added", "removed", "renamed", "moved", "replaced", "merged", "split"]
 
 BACKGROUND_OFFERS = 400
@@ -88,10 +89,13 @@ class TaxonomyChange(msgspec.Struct, frozen=True, kw_only=True):
     to_version: str
     diff: TaxonomyDiff
     transitions: list[Transition]
-    """Of this step only; ``transitions.json`` has those that hold today."""
+    """Of this step only, with those of ids that were gone before and that the official mapping names now;
+    ``transitions.json`` has those that hold today."""
     impact: list[Impact]
     """The most labelled offers first."""
     few_labelled: list[FewLabelled]
+    changed: dict[str, Difference] = {}
+    """Categories of the newer version that the step concerns; see :func:`changed_since`."""
 
 
 def read_change(folder: Path) -> TaxonomyChange:
@@ -107,21 +111,41 @@ def read_change(folder: Path) -> TaxonomyChange:
         raise InputError(f"{path} cannot be read ({error}); make taxonomy_change anew") from None
 
 
-def changed_categories(folder: Path) -> dict[str, Literal["new", "changed"]]:
-    """Categories of the current version that the last step concerns; every other is unchanged.
+def changed_categories(folder: Path) -> dict[str, Difference]:
+    """Categories of the current version that the last step concerns; every other is unchanged."""
+    return read_change(folder).changed
 
-    ``new``: there was nothing like it before. ``changed``: it was renamed or moved, has another id than
-    before, or offers of other categories come to it.
+
+def changed_since(
+    earlier: Taxonomy, current: Taxonomy, transitions: Mapping[str, Transition]
+) -> dict[str, Difference]:
+    """Categories of the current version that are not what they were in an earlier one.
+
+    Args:
+        earlier: Any older version, such as that of the model in production.
+        current: The newest version.
+        transitions: By id, those that labels of ``earlier`` need (:meth:`Transitions.for_labels_of`).
+
+    Returns:
+        By id: ``changed`` if it, or a category above it, was renamed or moved, if all offers of another
+        category come to it, or if it was there before and gives up offers or gets some; else ``new`` if it
+        was not there before. Every other category is unchanged.
     """
-    change = read_change(folder)
-    concerned: dict[str, Literal["new", "changed"]] = {c.category_id: "new" for c in change.diff.added}
-    concerned |= {r.category_id: "changed" for r in change.diff.renamed}
-    concerned |= {m.category_id: "changed" for m in change.diff.moved}
-    for transition in change.transitions:
-        for successor in transition.to:
-            if transition.kind == "replaced" or successor.category_id not in concerned:
-                concerned[successor.category_id] = "changed"
-    return concerned
+    diff = TaxonomyDiff.between(earlier, current)
+    found: dict[str, Difference] = dict.fromkeys(_with_another_place_or_name(diff, current), "changed")
+    found |= {added.category_id: "new" for added in diff.added}
+    for former in transitions.keys() & set(earlier):
+        successors = transitions[former].to
+        for successor in successors:
+            if len(successors) == 1 or successor.category_id in earlier:
+                found[successor.category_id] = "changed"
+    return dict(sorted(found.items()))
+
+
+def _with_another_place_or_name(diff: TaxonomyDiff, taxonomy: Taxonomy) -> set[str]:
+    """Categories whose path is another: with a department moves (or is renamed) all that is below it."""
+    tops = {moved.category_id for moved in diff.moved} | {renamed.category_id for renamed in diff.renamed}
+    return {inside for top in tops for inside in _at_or_below(taxonomy, top)}
 
 
 def write_taxonomy_change(context: StageContext, parameters: TaxonomyChangeParameters) -> dict[str, Any]:
@@ -129,7 +153,7 @@ def write_taxonomy_change(context: StageContext, parameters: TaxonomyChangeParam
 
     Returns:
         Counts by kind of change, ``labelled_touched``, ``unlabelled_touched``, ``traffic_touched`` (of
-        categories that are gone, new, renamed, moved or divided) and others.
+        categories that are gone, new, divided, or at or below what was renamed or moved) and others.
 
     Raises:
         InputError: ``previous_change`` does not lead to ``previous_taxonomy``.
@@ -145,8 +169,9 @@ def write_taxonomy_change(context: StageContext, parameters: TaxonomyChangeParam
     diff = TaxonomyDiff.between(old, new)
     with offers_database(context) as database:
         see_offers(database, context, earlier)
-        mapping = read_mapping(folder)
-        judge = _judge(database, context, new, earlier) if diff.removed or mapping else None
+        _choose_labels(database)
+        mapping = read_mapping(folder, in_force=previous)
+        judge = _judge(database, context, new, earlier, mapping) if diff.removed or mapping else None
         step = infer_transitions(
             old,
             new,
@@ -155,16 +180,17 @@ def write_taxonomy_change(context: StageContext, parameters: TaxonomyChangeParam
             similarity=judge.similarity if judge else None,
             certain_from=parameters.certain_from,
             since=digest,
-        )
+        ) | late_transitions(earlier.transitions, old, new, mapping, since=digest)
         transitions = Transitions(
             history=[*earlier.history, digest],
             transitions=compose(earlier.transitions, step, old, new),
             added=sorted({*earlier.added, *(category.category_id for category in diff.added)} & set(new)),
+            adopted_on=[*earlier.adopted_on, parameters.adopted_on],
         )
         _count_offers(database, context)
         impact = _impact(database, old, new, diff, step)
         few_labelled = _few_labelled(database, new, diff, step, parameters.few_labelled)
-        touched = _touched(database, diff, step)
+        touched = _touched(database, old, diff, step)
     change = TaxonomyChange(
         from_version=short_version(earlier.history[-1]),
         to_version=short_version(digest),
@@ -172,6 +198,7 @@ def write_taxonomy_change(context: StageContext, parameters: TaxonomyChangeParam
         transitions=[step[former] for former in sorted(step)],
         impact=impact,
         few_labelled=few_labelled,
+        changed=changed_since(old, new, step),
     )
     _write(context, transitions, change)
     metrics = _metrics(change) | touched
@@ -192,7 +219,7 @@ def _write_first_version(context: StageContext, new: Taxonomy, digest: str) -> d
         impact=[],
         few_labelled=[],
     )
-    _write(context, Transitions(history=[digest], transitions=[]), change)
+    _write(context, _first(digest), change)
     context.progress.say(f"first version, {len(new):,} categories")
     return _metrics(change) | {"labelled_touched": 0, "unlabelled_touched": 0, "traffic_touched": 0.0}
 
@@ -200,7 +227,7 @@ def _write_first_version(context: StageContext, new: Taxonomy, digest: str) -> d
 def _earlier_transitions(context: StageContext, previous_digest: str) -> Transitions:
     folder = context.optional_input("previous_change")
     if folder is None:
-        return Transitions(history=[previous_digest], transitions=[])
+        return _first(previous_digest)
     earlier = Transitions.read(folder)
     if earlier.history[-1] != previous_digest:
         raise InputError(
@@ -208,6 +235,11 @@ def _earlier_transitions(context: StageContext, previous_digest: str) -> Transit
             f"previous_taxonomy is {short_version(previous_digest)}; give the change that led to it"
         )
     return earlier
+
+
+def _first(digest: str) -> Transitions:
+    """Of a first version: whenever labels were given that are valid in it, they are its own."""
+    return Transitions(history=[digest], transitions=[], adopted_on=[""])
 
 
 def _write(context: StageContext, transitions: Transitions, change: TaxonomyChange) -> None:
@@ -281,15 +313,33 @@ def offers_database(context: StageContext) -> Iterator[duckdb.DuckDBPyConnection
         yield database
 
 
+def _choose_labels(database: duckdb.DuckDBPyConnection) -> None:
+    """Table ``newest_label`` (offer_id, delivered_on, label): one row per labelled offer.
+
+    The newest of its labels counts, brought to the version before the change as far as that is certain.
+    """
+    database.execute("""
+        CREATE TEMP TABLE newest_label AS
+        SELECT offer_id, delivered_on, coalesce(moves_to, category_id) AS label
+        FROM delivered LEFT JOIN rule
+            ON delivered.version = rule.version AND delivered.category_id = rule.labelled_as
+        WHERE category_id IS NOT NULL
+        QUALIFY row_number() OVER (PARTITION BY offer_id ORDER BY delivered_on DESC, label) = 1""")
+
+
 def see_offers(database: duckdb.DuckDBPyConnection, context: StageContext, transitions: Transitions) -> None:
     """View ``delivered`` (all days, with ``delivered_on`` and ``version``) and table ``rule``.
 
-    ``version`` numbers the taxonomies that the days were labelled under. ``rule`` has a row for every
+    ``version`` numbers the taxonomies that labels were given under, as far as is known
+    (:meth:`Transitions.version_of_labels`). ``rule`` has a row for every
     label of a version that needs a transition: ``version, labelled_as, moves_to`` (null unless certain),
     ``transition`` (its place in ``transitions``).
     """
     days = context.partitions("offers")
-    digests = {day: read_manifest(folder).inputs.get("catalog_taxonomy", "") for day, folder in days.items()}
+    digests = {
+        day: transitions.version_of_labels(read_manifest(folder).inputs.get("catalog_taxonomy", ""), day)
+        for day, folder in days.items()
+    }
     number = {digest: place for place, digest in enumerate(sorted(set(digests.values())))}
     selects = [
         f"SELECT *, {sql_literal(day)} AS delivered_on, {number[digests[day]]} AS version "
@@ -356,7 +406,11 @@ def _sql_type(type_: pa.DataType) -> str:
 
 
 def _judge(
-    database: duckdb.DuckDBPyConnection, context: StageContext, new: Taxonomy, earlier: Transitions
+    database: duckdb.DuckDBPyConnection,
+    context: StageContext,
+    new: Taxonomy,
+    earlier: Transitions,
+    mapping: Sequence[tuple[str, str]],
 ) -> Judge | None:
     """The teacher, where there is one."""
     teacher = context.optional_input("teacher_checkpoint")
@@ -367,7 +421,8 @@ def _judge(
     return Judge.load(
         new,
         teacher=teacher,
-        moves=certain_moves(earlier.transitions),
+        transitions=earlier,
+        divided={former for former, successor in mapping if former != successor},
         background=sample_texts(database, "SELECT offer_id, delivered_on FROM delivered", BACKGROUND_OFFERS),
     )
 
@@ -396,16 +451,11 @@ def _flows(
     put_table(database, "asked", {"label": pa.array(asked, pa.string())})
     columns = ", ".join(CLEAN_SCHEMA.names)
     rows = database.sql(f"""
-        WITH labelled AS (
-            SELECT {columns}, delivered_on, coalesce(moves_to, category_id) AS label
-            FROM delivered LEFT JOIN rule
-                ON delivered.version = rule.version AND delivered.category_id = rule.labelled_as
-            WHERE category_id IS NOT NULL)
-        SELECT * FROM (
-            SELECT * FROM labelled SEMI JOIN asked USING (label)
-            QUALIFY row_number() OVER (PARTITION BY offer_id ORDER BY delivered_on DESC, label) = 1)
-        QUALIFY row_number() OVER (
-            PARTITION BY label ORDER BY md5('{parameters.seed}:flow:' || offer_id), offer_id) <= {each}
+        WITH drawn AS (
+            SELECT * FROM newest_label SEMI JOIN asked USING (label)
+            QUALIFY row_number() OVER (
+                PARTITION BY label ORDER BY md5('{parameters.seed}:flow:' || offer_id), offer_id) <= {each})
+        SELECT {columns}, label FROM delivered JOIN drawn USING (offer_id, delivered_on)
         ORDER BY label, offer_id""").to_arrow_table()
     if not rows.num_rows:
         return {}
@@ -466,19 +516,11 @@ def _options(
 def _count_offers(database: duckdb.DuckDBPyConnection, context: StageContext) -> None:
     """Tables ``label_count`` (category_id, labelled), ``place_count`` (category_id, unlabelled, offers).
 
-    Labels are brought to the version before the change as far as that is certain; an offer counts once,
-    with its newest label. Places are those that the model catalogued offers in.
+    Places are those that the model catalogued offers in.
     """
-    database.execute("""
-        CREATE TEMP TABLE newest_label AS
-        SELECT offer_id, coalesce(moves_to, category_id) AS category_id
-        FROM delivered LEFT JOIN rule
-            ON delivered.version = rule.version AND delivered.category_id = rule.labelled_as
-        WHERE category_id IS NOT NULL
-        QUALIFY row_number() OVER (PARTITION BY offer_id ORDER BY delivered_on DESC, category_id) = 1""")
     database.execute(
         "CREATE TEMP TABLE label_count AS "
-        "SELECT category_id, count(*) AS labelled FROM newest_label GROUP BY category_id"
+        "SELECT label AS category_id, count(*) AS labelled FROM newest_label GROUP BY label"
     )
     days = [
         f"SELECT offer_id, category_id, {sql_literal(day)} AS delivered_on "
@@ -491,7 +533,7 @@ def _count_offers(database: duckdb.DuckDBPyConnection, context: StageContext) ->
         SELECT category_id, count(*) AS offers, count(*) FILTER (label IS NULL) AS unlabelled FROM (
             SELECT offer_id, category_id FROM ({" UNION ALL ".join(days) or nothing})
             QUALIFY row_number() OVER (PARTITION BY offer_id ORDER BY delivered_on DESC, category_id) = 1)
-        LEFT JOIN (SELECT offer_id, category_id AS label FROM newest_label) USING (offer_id)
+        LEFT JOIN (SELECT offer_id, label FROM newest_label) USING (offer_id)
         GROUP BY category_id""")
 
 
@@ -516,12 +558,11 @@ def _counts(database: duckdb.DuckDBPyConnection) -> tuple[dict[str, _Counts], in
 
 
 def _touched(
-    database: duckdb.DuckDBPyConnection, diff: TaxonomyDiff, step: Mapping[str, Transition]
+    database: duckdb.DuckDBPyConnection, old: Taxonomy, diff: TaxonomyDiff, step: Mapping[str, Transition]
 ) -> dict[str, Any]:
     counts, offers = _counts(database)
     touched = {c.category_id for c in (*diff.added, *diff.removed)} | set(step)
-    touched |= {renamed.category_id for renamed in diff.renamed}
-    touched |= {moved.category_id for moved in diff.moved}
+    touched |= _with_another_place_or_name(diff, old)
     found = [counts[category] for category in touched if category in counts]
     return {
         "labelled_touched": sum(count.labelled for count in found),
@@ -556,7 +597,7 @@ def _impact(
         numbers = f"{_offers(labelled, 'labelled')}, {_offers(unlabelled, 'unlabelled')}"
         return Impact(
             category_id=category,
-            path=(new if category in new else old).path(category),
+            path=transition.from_path if transition and category not in new else new.path(category),
             change=change,
             to=list(to),
             origin=transition.origin if transition else "official",
@@ -571,7 +612,7 @@ def _impact(
     for former in sorted(step):
         transition = step[former]
         to = [new.path(successor.category_id) for successor in transition.to]
-        what = _what_happened(old.name(former), transition, to)
+        what = _what_happened(transition, to)
         impacts.append(impact(former, transition.kind, to, what, inside=[former], transition=transition))
     for added in diff.added:
         parent = new.parent(added.category_id)
@@ -597,7 +638,8 @@ def _impact(
     return sorted(impacts, key=lambda i: (-i.labelled, -i.unlabelled, i.category_id, i.change))
 
 
-def _what_happened(name: str, transition: Transition, to: Sequence[str]) -> str:
+def _what_happened(transition: Transition, to: Sequence[str]) -> str:
+    name = transition.from_name
     source = "official" if transition.origin == "official" else f"inferred, {transition.confidence:.0%} sure"
     match transition.kind:
         case "removed":

@@ -83,21 +83,24 @@ def parse_names(content: bytes, label: str, known: Container[str]) -> dict[str, 
     return names
 
 
-def parse_mapping(content: bytes, label: str, known: Container[str]) -> MappingRows:
+def parse_mapping(
+    content: bytes, label: str, known: Container[str] | None, former_ids: Container[str] | None = None
+) -> MappingRows:
     """Pairs of former and current id from CSV with ``from_id,to_id``.
 
     Args:
         content: Of the file.
         label: What messages call the file.
-        known: Ids of the tree that the mapping leads to.
+        known: Ids of the tree that the mapping leads to; None: not checked.
+        former_ids: Ids that it may start from; None: not checked.
 
     Returns:
         The pairs in the order of the file. A former id may lead to several current ones (it was split)
         or, with an empty ``to_id``, to none (it was removed).
 
     Raises:
-        InputError: a row has no ``from_id``, leads to an id that the tree does not have, repeats another
-            or contradicts it.
+        InputError: a row has no ``from_id`` or one that was never used, leads to an id that the tree does
+            not have, repeats another or contradicts it.
     """
     _, rows = parse_table(content, label, ("from_id", "to_id"))
     seen: dict[tuple[str, str], int] = {}
@@ -106,7 +109,12 @@ def parse_mapping(content: bytes, label: str, known: Container[str]) -> MappingR
         pair = former, current = row["from_id"], row["to_id"]
         if not former:
             raise InputError(f"{label} row {number} has an empty from_id; name the former category")
-        if current and current not in known:
+        if former_ids is not None and former not in former_ids:
+            raise InputError(
+                f"{label} row {number} starts from category {former!r}, which no earlier release beside it "
+                "has; correct from_id, or put the release that had it back"
+            )
+        if current and known is not None and current not in known:
             raise InputError(
                 f"{label} row {number} leads to category {current!r}, which the tree does not have; "
                 "give mapping and tree of the same version"

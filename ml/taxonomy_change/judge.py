@@ -1,12 +1,13 @@
 """To which of some categories an offer belongs, where no model has learned all of them.
 
-A category that the teacher knows has a row in its output layer; one that is new has only its names. Cosines
-to the two are on different scales, so like is compared with like: where the teacher knows every option, its
-probabilities decide; else every option is represented by its names, in all locales, and its path, known or
-not. A name's evidence is of two kinds. *Meaning*: the cosine between text and names, standardised by what
-that name's cosine is on offers at large (some names are close to everything). *Wording*: how much of the
-name, by its character n-grams, stands in the text, which carries over to languages that the encoder never
-learned. Their weighted sum is the score of an option in a softmax.
+A category that the teacher knows has a row in its output layer; one that is new, or that stands for less than
+when the teacher learned it, has only its names. Cosines to the two are on different scales, so like is
+compared with like: where the teacher knows every option, its probabilities decide; else every option is
+represented by its names, in all locales, and its path, known or not. A name's evidence is of two kinds.
+*Meaning*: the cosine between text and names, standardised by what that name's cosine is on offers at large
+(some names are close to everything). *Wording*: how much of the name, by its character n-grams, stands in the
+text, which carries over to languages that the encoder never learned. Their weighted sum is the score of an
+option in a softmax.
 """
 
 from __future__ import annotations
@@ -15,17 +16,18 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ml.artifacts import short_version
 from ml.learning.calibration import log_softmax, softmax
 from ml.learning.encoder import Classifier, ClassifierSettings, best_device, use_available_cores
 from ml.offers import TEXT_VERSION
 from ml.taxonomy import Taxonomy
+from ml.taxonomy_change.transitions import Transitions, certain_moves
 
 MEANING_WEIGHT = 1.5
 """Of a standardised cosine. Maximum likelihood on offers whose categories were hidden from the teacher gave
@@ -70,18 +72,17 @@ class Judge:
         model: Classifier,
         taxonomy: Taxonomy,
         *,
-        is_teacher: bool,
-        moves: Mapping[str, str],
+        stands_for: Mapping[int, str],
         background: Sequence[str] = (),
     ) -> None:
-        """See :meth:`load`."""
+        """Take a model whose output row ``stands_for`` a category of ``taxonomy``; see :meth:`load`."""
         self._model = model
         self._taxonomy = taxonomy
         self._leaves = frozenset(taxonomy.leaves)
         self._rows: dict[str, list[int]] = defaultdict(list)
-        for row, label in enumerate(model.labels if is_teacher else ()):
-            if (category_id := moves.get(label, label)) in taxonomy:
-                self._rows[category_id].append(row)
+        self._category_of_row = dict(stands_for)
+        for row, category_id in stands_for.items():
+            self._rows[category_id].append(row)
         self._prototypes: dict[str, NDArray[np.float32]] = {}
         enough = len(background) >= _SMALLEST_BACKGROUND
         self._background = model.predict_embeddings(background) if enough else None
@@ -96,7 +97,8 @@ class Judge:
         teacher: Path | None = None,
         encoder: str = "packaged-minilm",
         encoder_digest: str = "",
-        moves: Mapping[str, str] | None = None,
+        transitions: Transitions | None = None,
+        divided: Collection[str] = (),
         background: Sequence[str] = (),
     ) -> Judge:
         """Read the model.
@@ -106,15 +108,22 @@ class Judge:
             teacher: Folder of a ``teacher_checkpoint``.
             encoder: Used without a teacher; see :class:`ml.stages.EncoderChoice`.
             encoder_digest: What the encoder's weights have to be; empty: whatever they are.
-            moves: Where labels of the teacher that are no more went, as far as that is certain.
+            transitions: What happened to categories; what did since the teacher learned them counts.
+            divided: Categories that stand for something else from now on; no row speaks for them.
             background: Some hundred offer texts, whatever they are about; fewer than 30 tell nothing.
 
         Raises:
             InputError: the model cannot be had or read.
         """
         use_available_cores()
+        stands_for: dict[int, str] = {}
         if teacher is not None:
             model = Classifier.load(teacher)
+            moves = _moves_since(model.taxonomy_version, transitions) if transitions else {}
+            for row, label in enumerate(model.labels):
+                category_id = moves.get(label, label)
+                if category_id in taxonomy and category_id not in divided:
+                    stands_for[row] = category_id
         else:
             settings = ClassifierSettings(
                 text_version=TEXT_VERSION, taxonomy_version="", max_tokens=_MAX_TOKENS
@@ -124,7 +133,7 @@ class Judge:
                 .to(best_device())
                 .eval()
             )
-        return cls(model, taxonomy, is_teacher=teacher is not None, moves=moves or {}, background=background)
+        return cls(model, taxonomy, stands_for=stands_for, background=background)
 
     def similarity(self, first: Sequence[str], second: Sequence[str]) -> NDArray[np.float32]:
         """Cosines of texts, shape (first, second)."""
@@ -254,19 +263,14 @@ class Judge:
         return found
 
     def _answers(self, logits: NDArray[np.float32], count: int = _ANSWERS) -> list[str]:
-        category_of = self._category_of_row
         answers: dict[str, None] = {}
         for row in np.argsort(-logits, kind="stable").tolist():
-            category = category_of.get(row)
+            category = self._category_of_row.get(row)
             if category is not None:
                 answers[category] = None
                 if len(answers) == count:
                     break
         return list(answers)
-
-    @cached_property
-    def _category_of_row(self) -> dict[int, str]:
-        return {row: category for category, rows in self._rows.items() for row in rows}
 
     def _siblings(self, category_id: str) -> list[str]:
         parent = self._taxonomy.parent(category_id)
@@ -318,6 +322,19 @@ class Judge:
         if self._wording is None:
             self._wording = _Wording(self._taxonomy)
         return self._wording
+
+
+def _moves_since(taxonomy_version: str, transitions: Transitions) -> dict[str, str]:
+    """What a row of a teacher stands for today, by its label; empty: no single category.
+
+    Only what happened since the teacher's taxonomy counts. A label that was divided or used again since
+    means less, or something else, than the row learned, even if its id is still a category.
+    """
+    # A model knows the short form of the digest; an unknown one counts as older than all.
+    learned = next((d for d in transitions.history if short_version(d) == taxonomy_version), "")
+    since = transitions.for_labels_of(learned)
+    certain = certain_moves(since.values())
+    return {former: certain.get(former, "") for former in since}
 
 
 class _Wording:

@@ -1,14 +1,14 @@
-"""Stage ``migrated_labels``: labels of earlier taxonomies carried over, and labels for rare categories.
+"""Stage ``migrated_labels``: labels of earlier taxonomies carried over, and labels for new categories.
 
 Every labelled offer is in exactly one place: its label stands (it is in the taxonomy and nothing happened
 to it), it moves, it is put aside, or nobody knows it. A label moves with its category where that is
 certain; where a category was divided, the offer's own text decides, and where the text does not say, the
 label is put aside rather than guessed.
 
-Weak labels are proposals for categories that hardly any labelled offer is left for: offers without a usable
-label that speak in the category's words, and that the judge puts there rather than anywhere else. How often
-that is right is estimated by the same search for categories whose labels are known; where it is wrong too
-often, nothing is proposed.
+Weak labels are proposals for leaf categories that a change added and that hardly any labelled offer comes
+with: offers without a usable label that speak in the category's words, and that the judge puts there rather
+than anywhere else. How often that is right nobody knows before people label such offers; it is estimated by
+the same search for categories whose labels are known. Where the estimate is low, nothing is proposed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ml.taxonomy_change.change import (
     see_offers,
     sql_literal,
 )
-from ml.taxonomy_change.transitions import Transition, Transitions, certain_moves
+from ml.taxonomy_change.transitions import Transition, Transitions
 
 if TYPE_CHECKING:
     from ml.runner import StageContext
@@ -73,7 +73,7 @@ _TEXTS_OF_TRANSITIONS = 200_000
 """In all: ten minutes of a small encoder on two cores. What is beyond is put aside."""
 
 _SEARCHED_OFFERS = 500_000
-"""Unlabelled offers that candidates are sought among, drawn uniformly where there are more."""
+"""That candidates are sought among (labelled ones for the estimate), drawn uniformly where there are more."""
 _QUESTIONS_OF_WEAK_LABELS = 8_000
 _FEWEST_CANDIDATES = 20
 _SMALLEST_OVERLAP = 0.3
@@ -94,7 +94,9 @@ def write_migrated_labels(context: StageContext, parameters: MigratedLabelsParam
     Returns:
         ``labelled`` (rows), of these ``kept``, ``migrated``, ``put_aside`` and ``unknown_labels``; decisions
         by kind; ``not_looked_at`` (put aside because they were too many); ``weak``, ``weak_categories``,
-        ``few_labelled_categories``, and ``weak_precision`` (an estimate; None where nothing was sought).
+        ``few_labelled_categories`` (new leaves), and ``weak_precision``: an estimate, made on categories
+        that are not new, so it cannot see what is particular to the new ones, nor that the feed may have no
+        offer of them at all; None where nothing was sought.
 
     Raises:
         InputError: ``taxonomy_change`` leads to another version than ``catalog_taxonomy``.
@@ -154,7 +156,7 @@ class _Judges:
                 teacher=teacher,
                 encoder=self._parameters.encoder,
                 encoder_digest=self._parameters.encoder_digest,
-                moves=certain_moves(self._transitions.transitions),
+                transitions=self._transitions,
                 background=sample_texts(self._database, everything, BACKGROUND_OFFERS),
             )
             self._judge.learn_wording(*self._labels_that_stand())
@@ -395,7 +397,7 @@ def _propose(
     precision = round(_estimated_precision(database, parameters, taxonomy, labelled, judge), 4)
     nothing["weak_precision"] = precision
     context.progress.say(
-        f"by offers whose labels are known, about {precision:.0%} of such proposals are right"
+        f"judged by categories that are not new, about {precision:.0%} of such proposals would be right"
     )
     if precision < parameters.min_weak_confidence:
         context.progress.say(
@@ -579,11 +581,12 @@ def _estimated_precision(
     labelled: Counter[str],
     judge: Judge,
 ) -> float:
-    """Share of right proposals for well-labelled categories, from offers whose labels are known.
+    """Estimate of the share of right proposals, from well-labelled categories that are treated as new.
 
     One right and one wrong are added to what was found, so that a few proposals prove little. The teacher
-    has no say in these categories; that it learned to see them still flatters it. Where the feed has no offer
-    of a category every proposal for it is wrong, and the estimate does not see that.
+    has no say in these categories; that it learned to see them still flatters it. Offers with labels stand
+    for those without. Where the feed has no offer of a category every proposal for it is wrong, and the
+    estimate does not see that.
     """
     well = [category for category in taxonomy.leaves if labelled[category] >= parameters.few_labelled]
     put_table(database, "well", {"category_id": pa.array(well, pa.string())})
@@ -591,10 +594,12 @@ def _estimated_precision(
         CREATE TEMP TABLE treated_as_new AS SELECT category_id FROM well
         ORDER BY md5('estimate:' || category_id) LIMIT {_ESTIMATE_CATEGORIES}""")
     database.execute(f"""
-        CREATE TEMP TABLE compared AS SELECT * FROM usable
-        QUALIFY category_id NOT IN (FROM treated_as_new) OR row_number() OVER (
-            PARTITION BY category_id ORDER BY md5('estimate:' || offer_id), offer_id
-        ) <= {_ESTIMATE_OWN_OFFERS}""")
+        CREATE TEMP TABLE compared AS
+        (SELECT * FROM usable SEMI JOIN treated_as_new USING (category_id)
+            QUALIFY row_number() OVER (PARTITION BY category_id
+                ORDER BY md5('estimate:' || offer_id), offer_id) <= {_ESTIMATE_OWN_OFFERS})
+        UNION ALL (SELECT * FROM usable ANTI JOIN treated_as_new USING (category_id)
+            ORDER BY md5('estimate:' || offer_id), offer_id LIMIT {_SEARCHED_OFFERS})""")
     drawn = [row[0] for row in database.sql("FROM treated_as_new ORDER BY 1").fetchall()]
     candidates = _candidates(database, taxonomy, drawn, "compared", _ESTIMATE_CANDIDATES)
     truth = dict(

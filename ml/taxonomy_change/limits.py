@@ -6,17 +6,20 @@ step from the version before: too much removed, ids used for something else, a m
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 import msgspec
 
 from ml.taxonomy import PATH_SEPARATOR, Taxonomy
-from ml.taxonomy_change.successors import match_names
+from ml.taxonomy_change.diff import Renamed, TaxonomyDiff
+from ml.taxonomy_change.successors import match_names, words
 from ml.taxonomy_change.transitions import Transition
 
 _SHOWN = 3
 _ANOTHER_NAME = 0.2
 _ANOTHER_SPELLING = 0.4
+_ABBREVIATION = re.compile(r"([A-Z]{2,5})s?")
 
 
 class TaxonomyLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,6 +35,8 @@ def objections(
     mapping: Sequence[tuple[str, str]],
     earlier: Sequence[Transition],
     limits: TaxonomyLimits,
+    *,
+    origins_are_checked: bool = False,
 ) -> list[str]:
     """Why ``new`` may not be adopted.
 
@@ -41,17 +46,49 @@ def objections(
         mapping: Its official mapping, rows of (from_id, to_id); an empty to_id means no successor.
         earlier: Transitions to the version before.
         limits: The limits.
+        origins_are_checked: The releases before were at hand when the mapping was read
+            (:func:`ml.taxonomy_change.releases.origins_are_checked`): it may start from ids that only a
+            release had that was never adopted.
 
     Returns:
         One sentence per objection; none if the version may be adopted.
     """
     found = _unknown_targets(new, mapping)
     if old is not None:
-        found += _unknown_origins(old, mapping, earlier)
+        found += [] if origins_are_checked else _unknown_origins(old, mapping, earlier)
         found += _too_many_removed(old, new, mapping, limits)
         found += _returned_as_another(old, new, mapping, earlier)
         found += _became_another(old, new, mapping)
     return found
+
+
+def unlike_renames(diff: TaxonomyDiff) -> list[Renamed]:
+    """Renamed categories whose names are unlike in every locale that both versions have.
+
+    Such an id may have been used again for something else. A new wording, a word more or less, another
+    spelling and an abbreviation are no such sign; words that mean the same are, as nobody knows it here.
+    """
+    return [renamed for renamed in diff.renamed if not any(_reworded(*pair) for pair in _pairs(renamed))]
+
+
+def _pairs(renamed: Renamed) -> list[tuple[str, str]]:
+    before, after = renamed.before, renamed.after
+    shared = [locale for locale in before.names if locale in after.names]
+    return [(before.name, after.name), *((before.names[locale], after.names[locale]) for locale in shared)]
+
+
+def _reworded(one: str, other: str) -> bool:
+    return _alike(one, [other]) or _abbreviates(one, other) or _abbreviates(other, one)
+
+
+def _abbreviates(short: str, name: str) -> bool:
+    """Whether ``short`` is an abbreviation with letters of ``name`` in their order: TV, PC, LED."""
+    match = _ABBREVIATION.fullmatch(short)
+    if match is None:
+        return False
+    spelled_out, abbreviation = "".join(words(name)), match[1].casefold()
+    letters = iter(spelled_out)
+    return spelled_out[0] == abbreviation[0] and all(letter in letters for letter in abbreviation)
 
 
 def _unknown_targets(new: Taxonomy, mapping: Sequence[tuple[str, str]]) -> list[str]:

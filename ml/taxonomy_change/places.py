@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import gzip
 import io
+import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from ml.errors import InputError
@@ -24,6 +25,7 @@ SECONDS_TO_ANSWER = 30.0
 SECONDS_TO_DOWNLOAD = 300.0
 """A server that trickles its answer must not hold up whoever waits for it."""
 
+_T = TypeVar("_T")
 _GZIP_MAGIC = b"\x1f\x8b"
 _CHAINED = "::"
 _UTF_8_MARK = b"\xef\xbb\xbf"
@@ -42,38 +44,42 @@ def file_name(uri: str) -> str:
     return uri.rstrip("/").rsplit("/", 1)[-1]
 
 
-def names_in_folder(location: str) -> list[str] | None:
+def names_in_folder(location: str, give_up_at: float | None = None) -> list[str] | None:
     """Names of the files that lie in a folder (or under an S3 prefix), sorted; None: it is a file.
 
     Subfolders are not searched.
 
     Raises:
-        InputError: there is nothing, or it cannot be reached; the message names the setting.
+        InputError: there is nothing, or it cannot be reached (by ``give_up_at``, of
+            :func:`time.monotonic`); the message names the setting.
     """
-    if is_web_address(location):
-        return None
-    with _errors_name(f"CATALOG_TAXONOMY={location}"):
+
+    def names() -> list[str] | None:
         files, path = _file_system(location)
         if not location.endswith("/") and files.info(path)["type"] != "directory":
             return None
         return _names(files, path)
 
+    return None if is_web_address(location) else _in_time(names, f"CATALOG_TAXONOMY={location}", give_up_at)
 
-def names_beside(uri: str) -> list[str]:
+
+def names_beside(uri: str, give_up_at: float | None = None) -> list[str]:
     """Names of the files in the folder of a file, sorted; [] where a folder cannot be listed.
 
     Raises:
-        InputError: the folder cannot be reached.
+        InputError: the folder cannot be reached (by ``give_up_at``).
     """
     if is_web_address(uri) or _CHAINED in uri:
         return []
-    folder = _folder_of(uri)
-    with _errors_name(f"CATALOG_TAXONOMY={uri}"):
-        files, path = _file_system(folder or ".")
+
+    def names() -> list[str]:
+        files, path = _file_system(_folder_of(uri) or ".")
         try:
             return _names(files, path)
         except PermissionError:
             return []  # an object store may let its readers have a file, but no list of files
+
+    return _in_time(names, f"CATALOG_TAXONOMY={uri}", give_up_at)
 
 
 def joined(folder: str, name: str) -> str:
@@ -86,21 +92,26 @@ def beside(uri: str, name: str) -> str:
     return _folder_of(uri) + name
 
 
-def read_bytes(uri: str, label: str) -> bytes:
+def read_bytes(uri: str, label: str, give_up_at: float | None = None) -> bytes:
     """Content of a file, uncompressed if it was gzipped.
 
     Args:
         uri: Path, web address, or any URI that fsspec opens.
         label: What messages call the file.
+        give_up_at: When not to wait any longer (:func:`time.monotonic`); None: in
+            :data:`SECONDS_TO_DOWNLOAD`.
 
     Raises:
-        InputError: it is missing, unreachable, empty, larger than :data:`MAX_FILE_BYTES`, a truncated
-            gzip file, or a web page (what a proxy or a login answers with).
+        InputError: it is missing, unreachable, not there in time, empty, larger than
+            :data:`MAX_FILE_BYTES`, a truncated gzip file, or a web page (what a proxy or a login answers
+            with).
     """
-    with _errors_name(label):
-        content = _download(uri, label) if is_web_address(uri) else _read_file(uri)
-        _check_size(len(content), label)
-        content = _uncompressed(content, label)
+    end = time.monotonic() + SECONDS_TO_DOWNLOAD if give_up_at is None else give_up_at
+    content = _in_time(
+        lambda: _download(uri, label, end) if is_web_address(uri) else _read_file(uri), label, end
+    )
+    _check_size(len(content), label)
+    content = _uncompressed(content, label)
     start = content[:1024].removeprefix(_UTF_8_MARK).lstrip()
     if not start and not content.strip():
         raise InputError(f"{label} is empty; a taxonomy needs at least one category")
@@ -118,11 +129,10 @@ def _read_file(uri: str) -> bytes:
     return content
 
 
-def _download(url: str, label: str) -> bytes:
+def _download(url: str, label: str, give_up_at: float) -> bytes:
     import httpx
 
     content = bytearray()
-    give_up_at = time.monotonic() + SECONDS_TO_DOWNLOAD
     with httpx.stream("GET", url, follow_redirects=True, timeout=SECONDS_TO_ANSWER) as response:
         if not response.is_success:
             raise InputError(
@@ -133,10 +143,7 @@ def _download(url: str, label: str) -> bytes:
             content += chunk
             _check_size(len(content), label)
             if time.monotonic() > give_up_at:
-                raise InputError(
-                    f"{label} sent {len(content):,} bytes in {SECONDS_TO_DOWNLOAD:.0f} s and is not done; "
-                    "run again, or download it and give the file"
-                )
+                raise _too_slow(label)
     return bytes(content)
 
 
@@ -195,6 +202,42 @@ def _names(files: Any, path: str) -> list[str]:
 def _folder_of(uri: str) -> str:
     """Everything up to the last slash, the slash included."""
     return uri[: uri.rfind("/") + 1]
+
+
+def _in_time(call: Callable[[], _T], label: str, give_up_at: float | None) -> _T:
+    """The result of ``call``, which names ``label`` if it fails.
+
+    It runs in a thread of its own: neither a file system nor the resolution of a name can be interrupted,
+    and whoever waits for them has to go on.
+    """
+    if give_up_at is None:
+        with _errors_name(label):
+            return call()
+    outcome: list[_T] = []
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with _errors_name(label):
+                outcome.append(call())
+        except InputError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work, name="taxonomy", daemon=True)
+    thread.start()
+    thread.join(max(0.0, give_up_at - time.monotonic()))
+    if errors:
+        raise errors[0]
+    if not outcome:
+        raise _too_slow(label)
+    return outcome[0]
+
+
+def _too_slow(label: str) -> InputError:
+    return InputError(
+        f"{label} is too slow: it was given up before all of it was there; run again, or download it and "
+        "give the file"
+    )
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import math
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +60,8 @@ the old place than those changes go. ``benchmarks/taxonomy_inference.py`` measur
 _CANDIDATES_BY_NAME = 15
 _CANDIDATES_BY_MEANING = 5
 _NAMES_AT_ONCE = 500
+_MOST_NEIGHBOURS = 300
+"""New categories in one place that are all looked at. Of more, those of a similar name or meaning are."""
 _MOST_IF_EXISTED = 0.7
 """Two categories of one name stood side by side for a reason (boxer shorts for men, for boys): that one of
 them stays is no proof that the other went there."""
@@ -249,6 +251,7 @@ class Search:
         self._places |= {former: _Place(successor, 1.0) for former, successor in known.items()}
         self._weights = _word_weights([*self.old.names.values(), *self.new.names.values()])
         self._meanings: dict[tuple[str, str], float] = {}
+        self._neighbours: dict[str | None, set[str]] = {}
         self._candidates = {former: set(extra.get(former, ())) for former in self.unresolved}
         self._add_candidates_by_name()
         self._add_candidates_by_children()
@@ -267,7 +270,7 @@ class Search:
     def candidates(self, former: str) -> list[_Candidate]:
         """Candidates for the successor of ``former``, best first."""
         home, skipped = self._home(former)
-        pool = self._candidates[former] | self._near(former, home)
+        pool = self._candidates[former] | self._near(home)
         found = [self._judged(former, candidate, home, skipped) for candidate in sorted(pool)]
         return sorted(found, key=lambda candidate: (-candidate.score, candidate.category_id))
 
@@ -310,10 +313,13 @@ class Search:
             parent, skipped = self.old.parents[parent], skipped + 1
         return None, skipped
 
-    def _near(self, former: str, home: str | None) -> set[str]:
-        """New subcategories of the place where the category would be by its parent."""
-        siblings = self.new.children[home] if home is not None else self.new.taxonomy.roots
-        return {sibling for sibling in siblings if sibling in self.added}
+    def _near(self, home: str | None) -> set[str]:
+        """New subcategories of the place where the category would be by its parent; none if too many."""
+        if home not in self._neighbours:
+            siblings = self.new.children[home] if home is not None else self.new.taxonomy.roots
+            added = {sibling for sibling in siblings if sibling in self.added}
+            self._neighbours[home] = added if len(added) <= _MOST_NEIGHBOURS else set()
+        return self._neighbours[home]
 
     def _judged(self, former: str, candidate: str, home: str | None, skipped: int) -> _Candidate:
         features = self._features(former, candidate, home, skipped)
@@ -437,8 +443,8 @@ def infer_transitions(
         old: The version before.
         new: The version that comes.
         mapping: The official mapping, rows of (from_id, to_id); an empty to_id says that there is no
-            successor. It wins over everything else. Rows that do not fit the trees are passed over
-            (:func:`ml.taxonomy_change.limits.objections` names them).
+            successor, or beside other rows that a part has none. It wins over everything else. Rows that do
+            not fit the trees are passed over (:func:`ml.taxonomy_change.limits.objections` names them).
         flows: By removed id, where the teacher sends its offers. Shares may sum to less than 1: the rest
             is unknown, which is how little evidence (few offers) is told from much.
         similarity: Cosine of names, of a text encoder.
@@ -448,12 +454,21 @@ def infer_transitions(
     Returns:
         Transitions by former id.
     """
-    official = _official_targets(old, new, mapping)
+    official, rows = _official_targets(old, new, mapping), set(mapping)
     removed = [category_id for category_id in old if category_id not in new]
     unresolved = sorted((i for i in removed if i not in official), key=lambda i: (old.level(i), i))
     flows = {former: _flows_in(new, flows.get(former, ())) for former in {*unresolved, *official}}
     found = {
-        former: _official(old, former, targets, flows[former], since, lives_on=former in new)
+        former: _official(
+            old.name(former),
+            old.path(former),
+            former,
+            targets,
+            flows[former],
+            since,
+            lives_on=former in new,
+            whole=(former, "") not in rows,
+        )
         for former, targets in official.items()
     }
     search = Search(
@@ -472,8 +487,48 @@ def infer_transitions(
     return _with_kinds(old, found)
 
 
+def late_transitions(
+    earlier: Sequence[Transition],
+    old: Taxonomy,
+    new: Taxonomy,
+    mapping: Sequence[tuple[str, str]],
+    *,
+    since: str,
+) -> dict[str, Transition]:
+    """Where the official mapping says that ids went which were gone before: it came late, or was corrected.
+
+    Args:
+        earlier: Transitions to the version before.
+        old: The version before.
+        new: The version that comes.
+        mapping: The official mapping, rows of (from_id, to_id).
+        since: Digest of the new version.
+
+    Returns:
+        Transitions by former id, to replace those of ``earlier`` (:func:`compose` does it). Those that are
+        official and say the same are left out.
+    """
+    standing = {t.from_id: t for t in earlier if t.from_id not in old}
+    targets = _official_targets(standing, new, mapping)
+    late = {
+        former: _official(
+            standing[former].from_name,
+            standing[former].from_path,
+            former,
+            to,
+            [],
+            since,
+            lives_on=former in new,
+            whole=(former, "") not in mapping,
+        )
+        for former, to in targets.items()
+        if standing[former].origin != "official" or {s.category_id for s in standing[former].to} != set(to)
+    }
+    return _with_kinds(old, late)
+
+
 def _official_targets(
-    old: Taxonomy, new: Taxonomy, mapping: Sequence[tuple[str, str]]
+    old: Container[str], new: Taxonomy, mapping: Sequence[tuple[str, str]]
 ) -> dict[str, list[str]]:
     """Successors by former id, of every former id for which the mapping says more than "itself"."""
     rows: dict[str, list[str]] = defaultdict(list)
@@ -508,21 +563,30 @@ def _successors(shares: Mapping[str, float]) -> list[Successor]:
 
 
 def _official(
-    old: Taxonomy, former: str, targets: Sequence[str], flows: Sequence[Flow], since: str, *, lives_on: bool
+    name: str,
+    path: str,
+    former: str,
+    targets: Sequence[str],
+    flows: Sequence[Flow],
+    since: str,
+    *,
+    lives_on: bool,
+    whole: bool,
 ) -> Transition:
+    """``whole``: no part of the category is gone for good, so all that had it goes to the targets."""
     seen = dict(flows)
     shares = {target: seen.get(target, 0.0) for target in targets}
     if not any(shares.values()):
         shares = dict.fromkeys(targets, 1.0)
     return Transition(
         from_id=former,
-        from_name=old.name(former),
-        from_path=old.path(former),
+        from_name=name,
+        from_path=path,
         kind="removed" if not targets else "replaced" if len(targets) == 1 else "split",
         to=_successors(shares) if targets else [],
         origin="official",
         confidence=1.0,
-        certain=len(targets) == 1,
+        certain=len(targets) == 1 and whole,
         since=since,
         reason="the official mapping says so",
         lives_on=lives_on,

@@ -64,6 +64,8 @@ class Transitions(msgspec.Struct, frozen=True, kw_only=True):
     transitions: list[Transition]
     added: list[str] = []
     """Ids of the current version that some change added and none took away, in order."""
+    adopted_on: list[str] = []
+    """ISO date on which each version of ``history`` was taken; empty where it is not known."""
 
     @classmethod
     def read(cls, taxonomy_change: Path) -> Transitions:
@@ -96,6 +98,25 @@ class Transitions(msgspec.Struct, frozen=True, kw_only=True):
             t.from_id: t for t in self.transitions if not t.lives_on or age.get(t.since, len(age)) > given
         }
 
+    def version_of_labels(self, taken_with: str, day: str) -> str:
+        """The version that the labels of a day were given under: the older of two.
+
+        One is the version that the day was taken with. A day may be taken again long after it was
+        delivered, so the other is the version that was in force the day before: on the day that a version
+        is adopted labels are still the old ones.
+
+        Args:
+            taken_with: Digest of the taxonomy that the offers of the day were validated with.
+            day: ISO date of the delivery.
+
+        Returns:
+            A digest; one that is not in the history (or empty) is older than all, see :meth:`for_labels_of`.
+        """
+        age = {digest: place for place, digest in enumerate(self.history)}
+        later = next((place for place, date in enumerate(self.adopted_on) if date >= day), len(self.history))
+        in_force = self.history[later - 1] if later else ""
+        return min(taken_with, in_force, key=lambda digest: age.get(digest, -1))
+
 
 def certain_moves(transitions: Iterable[Transition]) -> dict[str, str]:
     """Successor by former id, of those transitions that need no look at the offer."""
@@ -117,7 +138,8 @@ def compose(
 
     Args:
         earlier: Transitions to the version before.
-        step: Transitions from the version before to the newest, by id.
+        step: Transitions from the version before to the newest, by id. Of an id that the version before
+            did not have, it is what is known now: it takes the place of the earlier one.
         previous: Ids of the version before.
         current: Ids of the newest version. An id that was gone and is back, or that got back all that it
             gave up, needs no transition.
@@ -133,7 +155,7 @@ def compose(
     composed = {t.from_id: _followed(t, step, existing) for t in earlier}
     lived_on = {t.from_id for t in earlier if any(s.category_id == t.from_id for s in t.to)}
     for former, link in step.items():
-        if former not in composed:
+        if former not in composed or former not in existed:
             composed[former] = link
         elif former not in lived_on:
             composed[former] = _either(composed[former], link)
@@ -184,7 +206,8 @@ def _followed(transition: Transition, step: Mapping[str, Transition], existing: 
         to=to,
         confidence=transition.confidence * right,
         origin="official" if _all_official(transition, *links) else "inferred",
-        certain=undivided and (transition.certain or transition.origin == "official"),
+        certain=undivided
+        and (transition.certain or (transition.origin == "official" and len(transition.to) > 1)),
         reason="; then ".join(dict.fromkeys([transition.reason, *(link.reason for link in links)])),
     )
 

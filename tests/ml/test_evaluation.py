@@ -33,9 +33,10 @@ from ml.progress import Progress
 from ml.runner import StageContext
 from ml.stages import EvaluationParameters
 from ml.taxonomy import Category, Taxonomy
-from ml.taxonomy_change.change import CHANGE_FILE, TaxonomyChange
+from ml.taxonomy_change.change import CHANGE_FILE, TaxonomyChange, changed_since
 from ml.taxonomy_change.diff import TaxonomyDiff
 from ml.taxonomy_change.transitions import Successor, Transition, Transitions
+from tests.ml.sampling_workshop import Workshop
 
 PARENTS = {"home": "", "lamp": "home", "sofa": "home", "garden": "", "hose": "garden", "gift": ""}
 LABELS = ["gift", "hose", "lamp", "sofa"]
@@ -131,10 +132,16 @@ def bench(tmp_path, monkeypatch):
     return bench
 
 
-def add_production(bench, predicted, labels=LABELS, text_version=TEXT_VERSION):
+def tree(without=()):
+    return Taxonomy([Category(c, PARENTS[c] or None, c.title()) for c in PARENTS if c not in without])
+
+
+def add_production(bench, predicted, labels=LABELS, text_version=TEXT_VERSION, without=()):
+    """A version in production, which knows the taxonomy of today ``without`` some categories."""
     folder = bench.model("production_model", predicted, labels)
     facts = {"text_version": text_version, "taxonomy_version": short_version(OLD)}
     (folder / "model.json").write_text(json.dumps(facts))
+    tree(without).write(folder / "taxonomy.parquet")
 
 
 def transition(former, *to, since=NEW):
@@ -157,17 +164,16 @@ def add_change(bench, added=(), transitions=(), earlier=()):
     """The last step of the taxonomy: ``added`` ids, its transitions, and those of steps before it."""
     folder = bench.add("taxonomy_change")
     Transitions(history=[OLD, NEW], transitions=[*earlier, *transitions]).write(folder)
-    diff = TaxonomyDiff.between(
-        Taxonomy([Category(c, PARENTS[c] or None, c.title()) for c in PARENTS if c not in added]),
-        Taxonomy([Category(c, parent or None, c.title()) for c, parent in PARENTS.items()]),
-    )
+    step = {transition.from_id: transition for transition in transitions}
+    old, new = tree(added), tree()
     change = TaxonomyChange(
         from_version=short_version(OLD),
         to_version=short_version(NEW),
-        diff=diff,
+        diff=TaxonomyDiff.between(old, new),
         transitions=list(transitions),
         impact=[],
         few_labelled=[],
+        changed=changed_since(old, new, step),
     )
     (folder / CHANGE_FILE).write_bytes(msgspec.json.encode(change))
 
@@ -288,37 +294,95 @@ def test_answers_of_an_older_taxonomy_count_as_where_they_most_likely_belong_tod
     assert metrics["production_unknown_labels"] == 0
 
 
-def test_quality_is_told_apart_by_what_the_change_did_to_the_category(bench):
-    add_production(bench, ["sofa" if c == "hose" else c for c in TRUTH], labels=["gift", "lamp", "sofa"])
-    add_change(bench, added=["hose"], transitions=[transition("present", ("gift", 1.0))])
+def offers_by_change(evaluation):
+    return {name: row["offers"] for name, row in evaluation["models"]["student"]["changes"].items()}
+
+
+def test_without_production_quality_is_told_apart_by_the_last_change(bench):
+    add_change(bench, added=["hose"])
     metrics, evaluation, _ = bench.run()
-    changes = evaluation["models"]["student"]["changes"]
-    assert {name: row["offers"] for name, row in changes.items()} == {"unchanged": 50, "new": 8, "changed": 2}
-    rows = [n for n, c in enumerate(TRUTH) if c in ("lamp", "sofa")]
+    assert offers_by_change(evaluation) == {"unchanged": 52, "new": 8}
+    rows = [n for n, c in enumerate(TRUTH) if c != "hose"]
     expected = f1_score(
         [TRUTH[n] for n in rows], [STUDENT[n] for n in rows], average="weighted", zero_division=0
     )
     assert metrics["student_weighted_f1_unchanged"] == pytest.approx(expected, abs=1e-6)
-    assert metrics["production_weighted_f1_new"] == 0.0
-    assert metrics["teacher_weighted_f1_changed"] == 1.0
     assert "student_weighted_f1_weak_categories" not in metrics
 
 
-def test_categories_that_only_weak_labels_were_trained_on_have_a_figure_of_their_own(bench):
-    labelled = {
-        "category_id": ["lamp", "hose", "hose", "gift", "gift", "hose"],
-        "label_source": ["human", "weak", "weak", "weak", "migrated", "human"],
-        "split": ["train"] * 5 + ["validation"],
-    }
-    pq.write_table(pa.table(labelled), bench.add("training_sample") / "labelled.parquet")
+def test_with_production_quality_is_told_apart_by_what_changed_since_its_taxonomy(bench):
+    """Two steps lie between: gift came with the last one, hose and what became of sofa with one before."""
+    add_production(
+        bench,
+        ["sofa" if c in ("hose", "gift") else c for c in TRUTH],
+        labels=["lamp", "sofa"],
+        without=["hose", "gift"],
+    )
+    moved = transition("sofa", ("sofa", 0.7), ("hose", 0.3))
+    add_change(bench, added=["gift"], earlier=[moved])
     metrics, evaluation, _ = bench.run()
-    assert evaluation["models"]["student"]["weak_categories"]["offers"] == 8  # hose: half of them right
-    assert metrics["student_weighted_f1_weak_categories"] == pytest.approx(2 / 3, abs=1e-6)
+    assert offers_by_change(evaluation) == {"unchanged": 30, "new": 10, "changed": 20}
+    assert metrics["production_weighted_f1_new"] == 0.0
+    assert metrics["teacher_weighted_f1_unchanged"] > 0.9
+
+
+def test_production_that_cannot_be_compared_has_no_say_in_what_changed(bench):
+    add_production(bench, TEACHER, text_version="0", without=["lamp"])
+    add_change(bench, added=["hose"])
+    _, evaluation, _ = bench.run()
+    assert offers_by_change(evaluation) == {"unchanged": 52, "new": 8}
+
+
+def test_weakly_labelled_categories_of_a_sample_have_a_figure_of_their_own(bench, tmp_path):
+    """``few`` has some labels of people and many weak ones, ``new`` weak ones only, the others none."""
+    workshop = Workshop(tmp_path / "workshop", ["a", "b", "few", "new"])
+
+    def offers(start, number, category=None):
+        return [
+            {"offer_id": f"o{n}", "shop_id": "s", "title": f"title {n}", "category_id": category}
+            for n in range(start, start + number)
+        ]
+
+    day = "2026-01-01"
+    feed = {day: [*offers(0, 40, "a"), *offers(100, 40, "b"), *offers(200, 12, "few"), *offers(300, 80)]}
+    weak = [
+        {
+            "offer_id": f"o{n}",
+            "delivered_on": day,
+            "category_id": "few" if n % 2 else "new",
+            "confidence": 0.8,
+            "similarity": 0.5,
+        }
+        for n in range(300, 380)
+    ]
+    evaluation_set, _ = workshop.evaluation_set(feed, share=0.4)
+    sample, counts = workshop.training_sample(feed, evaluation_set, weak=weak, evaluation_share=0.4)
+    assert counts["categories_with_weak_labels_only"] == 1
+    bench.rows = pq.read_table(evaluation_set / "offers.parquet").to_pylist()
+    truth = [row["category_id"] for row in bench.rows]
+    few = truth.count("few")
+    assert few > 1
+    bench.inputs = {
+        "catalog_taxonomy": workshop.taxonomy,
+        "evaluation_set": evaluation_set,
+        "training_sample": sample,
+    }
+    place = tmp_path / "models"
+    place.mkdir()
+    bench.folder = place
+    labels = ["a", "b", "few", "new"]
+    bench.model("student_checkpoint", ["a" if c == "few" else c for c in truth], labels)
+    for name in ("teacher_checkpoint", "fast_checkpoint"):
+        bench.model(name, truth, labels)
+    metrics, evaluation, _ = bench.run()
+    assert evaluation["models"]["student"]["weak_categories"]["offers"] == few
+    assert metrics["student_weighted_f1_weak_categories"] == 0.0
     assert metrics["teacher_weighted_f1_weak_categories"] == 1.0
+    assert metrics["weak_categories_not_measured"] == 1
 
 
 def test_the_student_is_compared_with_production_segment_by_segment(bench):
-    add_production(bench, ["lamp" if c == "sofa" else c for c in TEACHER])
+    add_production(bench, ["lamp" if c == "sofa" else c for c in TEACHER], without=["sofa"])
     add_change(bench, added=["sofa"])
     metrics, evaluation, output = bench.run(min_segment_offers=10)
     found = {(c["group"], c["segment"]): c for c in metrics["comparisons"]}
@@ -336,6 +400,7 @@ def test_the_student_is_compared_with_production_segment_by_segment(bench):
         metrics["student_weighted_f1_new"] - metrics["production_weighted_f1_new"], abs=1e-5
     )
     assert len(evaluation["comparisons"]) == 7
+    assert metrics["segments_too_small"] == 2
     assert (output / "comparisons.png").read_bytes().startswith(PNG)
     assert no_segment_is_worse_than_production(metrics, GateLimits()).passed
 
@@ -348,6 +413,25 @@ def test_a_segment_that_holds_all_offers_and_one_that_is_small_are_not_compared_
         ("overall", "all offers"),
         ("top_level", "Home"),
     ]
+    overall = metrics["comparisons"][0]
+    assert overall["low"] == metrics["student_minus_production_low"]
+    assert metrics["segments_too_small"] == 5  # three countries, two top levels
+
+
+def test_a_segment_of_many_offers_but_few_products_is_too_small(bench):
+    """Sofas: 20 offers, but only one product."""
+    path = bench.inputs["evaluation_set"] / "offers.parquet"
+    table = pq.read_table(path)
+    products = ["sofa" if row["category_id"] == "sofa" else row["offer_id"] for row in bench.rows]
+    place = table.schema.get_field_index("product_id")
+    pq.write_table(table.set_column(place, "product_id", pa.array(products)), path)
+    add_production(bench, TEACHER, without=["sofa"])
+    add_change(bench)
+    metrics, _, _ = bench.run(min_segment_offers=10)
+    compared = {(c["group"], c["segment"]) for c in metrics["comparisons"]}
+    assert ("change", "unchanged") in compared
+    assert ("change", "new") not in compared
+    assert metrics["segments_too_small"] == 3  # new, and two top levels
 
 
 def test_without_production_there_is_nothing_to_compare(bench):

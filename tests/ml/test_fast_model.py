@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,13 +8,15 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from ml.artifacts import read_manifest, short_version, verify
 from ml.errors import InputError
 from ml.learning.calibration import softmax
 from ml.learning.fast_model import _CHUNK_TEXTS, FastModel
-from tests.ml.tiny_models import WORDS_OF, distillation_inputs, make, offer_rows
+from tests.ml.tiny_models import WORDS_OF, distillation_inputs, make, offer_rows, seal
 
 STAGE_INPUTS = ("training_sample", "teacher_labels", "catalog_taxonomy")
 TEXTS = ["kettle spout", "novel\tchapter cheap", "ünknown wörds 123", "", "globe map " * 40]
@@ -92,6 +95,24 @@ def test_only_offers_the_teacher_is_sure_of_are_learned_from(inputs: dict[str, P
 def test_training_again_gives_the_same_bytes(inputs: dict[str, Path], tmp_path: Path) -> None:
     digests = {read_manifest(make_fast(inputs, tmp_path / name)[0]).digest for name in ("one", "two")}
     assert len(digests) == 1
+
+
+def test_a_guess_counts_by_its_confidence_and_people_s_labels_as_before(
+    inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    digests = []
+    for source in (None, "migrated", "weak"):
+        sample = tmp_path / f"sample {source}"
+        shutil.copytree(inputs["training_sample"], sample)
+        table = pq.read_table(sample / "labelled.parquet")
+        if source:
+            table = table.append_column("label_source", pa.array([source] * len(table)))
+            table = table.append_column("label_confidence", pa.array([0.5] * len(table)))
+        pq.write_table(table, sample / "labelled.parquet")
+        seal(sample, "training_sample")
+        folder, _ = make_fast(inputs | {"training_sample": sample}, tmp_path / f"fast {source}")
+        digests.append(read_manifest(folder).digest)
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_answering_needs_no_torch() -> None:

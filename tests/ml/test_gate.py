@@ -15,6 +15,7 @@ EVALUATION = {
     "student_minus_production": -0.002,
     "student_minus_production_low": -0.01,
     "student_minus_production_high": 0.006,
+    "segments_too_small": 0,
     "comparisons": [
         {
             "group": "overall",
@@ -155,8 +156,8 @@ def segment(name, difference, low, high, group="country"):
     }
 
 
-def by_segment(*comparisons, **limits):
-    metrics = EVALUATION | {"comparisons": list(comparisons)}
+def by_segment(*comparisons, too_small=0, **limits):
+    metrics = EVALUATION | {"comparisons": list(comparisons), "segments_too_small": too_small}
     return no_segment_is_worse_than_production(metrics, GateLimits(**limits))
 
 
@@ -189,7 +190,17 @@ def test_a_passing_comparison_tells_the_lowest_segment():
     found = by_segment(segment("AT", 0.01, -0.1, 0.1), segment("DE", -0.02, -0.1, 0.1))
     assert found.value == -0.02
     assert "not worse in any of 2 segments; the lowest is country DE -0.0200" in found.sentence
-    assert by_segment(segment("all offers", 0.0, 0.0, 0.0, "overall")).value is None
+    assert found.sentence.endswith("is too much).")
+
+
+def test_the_sentence_says_how_many_segments_were_too_small_to_judge():
+    found = by_segment(segment("AT", 0.01, -0.1, 0.1), too_small=7)
+    assert "not worse in any of 1 segments" in found.sentence
+    assert found.sentence.endswith("; 7 more are too small to be judged.")
+    nothing = by_segment(segment("all offers", 0.0, 0.0, 0.0, "overall"), too_small=7)
+    assert nothing.passed
+    assert nothing.value is None
+    assert nothing.sentence == "None of 7 segments is large enough to be judged on its own."
 
 
 def test_a_group_of_changed_categories_is_told_in_words():

@@ -1,11 +1,13 @@
 import numpy as np
 import pytest
 
+from ml.artifacts import read_manifest
 from ml.learning.encoder import Classifier
 from ml.taxonomy import Category, Taxonomy
 from ml.taxonomy_change import judge as judge_module
 from ml.taxonomy_change.judge import Judge, folded, names_of
-from tests.ml.tiny_models import TINY_TEACHER, make, offer_rows, tiny_encoder, tiny_inputs
+from ml.taxonomy_change.transitions import Successor, Transition, Transitions
+from tests.ml.tiny_models import TINY_TEACHER, make, offer_rows, tiny_encoder, tiny_inputs, tiny_taxonomy
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +18,27 @@ def folders(tmp_path_factory):
     teacher, _ = make(
         "teacher_checkpoint", inputs, TINY_TEACHER | {"encoder": str(encoder)}, folder / "teacher"
     )
-    return {"teacher": teacher, "encoder": encoder}
+    return {"teacher": teacher, "encoder": encoder, "taxonomy": inputs["catalog_taxonomy"]}
+
+
+def moved(former, *to, since="v2", lives_on=False):
+    return Transition(
+        from_id=former,
+        from_name=former,
+        from_path=former,
+        kind="split" if len(to) > 1 else "replaced",
+        to=[Successor(category_id=category, share=1 / len(to)) for category in to],
+        origin="official",
+        confidence=1.0,
+        certain=len(to) == 1,
+        since=since,
+        reason="",
+        lives_on=lives_on,
+    )
+
+
+def known_toasters():
+    return Transitions(history=["v1", "v2"], transitions=[moved("toasters", "grills")])
 
 
 def newer_tree():
@@ -36,7 +58,7 @@ def newer_tree():
 
 
 def test_the_teacher_decides_among_what_it_knows(folders):
-    judge = Judge.load(newer_tree(), teacher=folders["teacher"], moves={"toasters": "grills"})
+    judge = Judge.load(newer_tree(), teacher=folders["teacher"], transitions=known_toasters())
     texts = [row["text"] for row in offer_rows(40, 9, "x")]
     classifier = Classifier.load(folders["teacher"])
     columns = [classifier.labels.index(label) for label in ("novels", "atlases", "toasters")]
@@ -45,6 +67,41 @@ def test_the_teacher_decides_among_what_it_knows(folders):
     np.testing.assert_allclose(decided, expected / expected.sum(axis=1, keepdims=True), atol=1e-4)
     best = [("novels", "atlases", "grills")[column] for column in expected.argmax(axis=1)]
     assert [answers[0] for answers in judge.answers(texts)] == best
+
+
+@pytest.mark.parametrize("taught", ["before", "since"])
+def test_a_row_that_learned_more_than_the_category_is_now_has_no_say(folders, taught):
+    version = read_manifest(folders["taxonomy"]).digest
+    history = [version, "later"] if taught == "before" else ["earlier", version]
+    divided = moved("kettles", "kettles", "toasters", since=history[1], lives_on=True)
+    judge = Judge.load(
+        tiny_taxonomy(),
+        teacher=folders["teacher"],
+        transitions=Transitions(history=history, transitions=[divided]),
+    )
+    # Words of kettles, and the name of toasters: what was learned and what names say disagree.
+    (decided,) = judge.decide(["boil spout boil toasters"], [["kettles", "toasters"]])
+    answers = judge.answers(["boil spout boil"], 1)
+    assert (decided.argmax(), answers == [["kettles"]]) == ((1, False) if taught == "before" else (0, True))
+
+
+@pytest.mark.parametrize("taught", ["before", "since"])
+def test_a_row_moves_only_by_what_happened_since_it_was_learned(folders, taught):
+    version = read_manifest(folders["taxonomy"]).digest
+    history = [version, "later"] if taught == "before" else ["earlier", version]
+    used_again = moved("toasters", "novels", since=history[1], lives_on=True)
+    judge = Judge.load(
+        tiny_taxonomy(),
+        teacher=folders["teacher"],
+        transitions=Transitions(history=history, transitions=[used_again]),
+    )
+    expected = "novels" if taught == "before" else "toasters"
+    assert judge.answers(["toaster slot crumb"], 1) == [[expected]]
+
+
+def test_no_row_speaks_for_a_category_that_is_being_divided(folders):
+    judge = Judge.load(tiny_taxonomy(), teacher=folders["teacher"], divided={"kettles"})
+    assert "kettles" not in judge.answers(["boil spout boil"], 4)[0]
 
 
 @pytest.mark.parametrize("model", ["teacher", "encoder"])
@@ -67,7 +124,7 @@ def test_an_offer_that_fits_no_name_belongs_nowhere(folders):
 
 
 def test_a_category_that_the_teacher_knows_needs_its_consent(folders):
-    judge = Judge.load(newer_tree(), teacher=folders["teacher"], moves={"toasters": "grills"})
+    judge = Judge.load(newer_tree(), teacher=folders["teacher"], transitions=known_toasters())
     verdict = judge.decide_among_rivals(
         ["atlases map globe", "atlases novel chapter paperback novel"], [(0, "atlases"), (1, "atlases")]
     )

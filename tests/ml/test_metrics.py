@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from sklearn import metrics as oracle
 
 from ml.evaluation.metrics import (
+    LEAST_CLUSTERS,
     calibration,
     class_scores,
     paired_bootstrap,
@@ -191,13 +192,24 @@ def test_more_segments_make_wider_intervals():
     assert single.high - single.low == pytest.approx(percentile.high - percentile.low, rel=0.15)
 
 
-def test_equal_answers_leave_no_doubt_and_few_products_leave_nothing_but():
+def test_equal_answers_leave_no_doubt_and_of_few_products_nothing_can_be_said():
     truth, one, other = random_models(90, 0.9, 0.3)
     everything = np.ones(90, bool)
     (same,) = paired_segments(truth, one, one, [everything])
     assert (same.difference, same.low, same.high) == (0.0, 0.0, 0.0)
     (few,) = paired_segments(truth, one, other, [everything], clusters=np.arange(90) % 9)
-    assert (few.low, few.high) == (-1.0, 1.0)
+    assert few is None
+
+
+def test_segments_of_few_products_do_not_widen_the_intervals_of_the_others():
+    truth, one, other = random_models(200, 0.8, 0.7)
+    clusters = np.minimum(np.arange(200), 150)  # the last fifty offers are of one product
+    large, small = np.arange(200) < 150, np.arange(200) >= 150
+    alone = paired_segments(truth, one, other, [large], clusters=clusters)
+    among_small = paired_segments(truth, one, other, [small, large, small, ~small], clusters=clusters)
+    assert among_small[0] is among_small[2] is None
+    (twice, _) = paired_segments(truth, one, other, [large, large], clusters=clusters)
+    assert among_small[1] == twice != alone[0]
 
 
 @settings(deadline=None, max_examples=30)
@@ -208,6 +220,9 @@ def test_an_interval_holds_its_difference_and_stays_in_what_is_possible(rows, se
     (found,) = paired_segments(
         truth, one, other, [np.ones(len(rows), bool)], clusters=clusters, resamples=30, seed=seed
     )
+    if len(set(clusters)) < LEAST_CLUSTERS:
+        assert found is None
+        return
     assert -1 <= found.low <= found.difference <= found.high <= 1
     (opposite,) = paired_segments(
         truth, other, one, [np.ones(len(rows), bool)], clusters=clusters, resamples=30, seed=seed

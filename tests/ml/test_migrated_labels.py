@@ -2,6 +2,7 @@ import itertools
 import random
 from collections import Counter
 
+import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -94,12 +95,16 @@ class World:
             ]
         )
 
-    def changed(self, transitions, history=None, added=("spout", "boil")):
+    def changed(self, transitions, history=None, added=("spout", "boil"), adopted_on=()):
         folder = self.folder / f"change{next(self.number)}"
         folder.mkdir()
         history = history or [OLD, NEW, self.digest]
-        transitions = sorted(transitions, key=lambda t: t.from_id)
-        Transitions(history=history, transitions=transitions, added=sorted(added)).write(folder)
+        Transitions(
+            history=history,
+            transitions=sorted(transitions, key=lambda t: t.from_id),
+            added=sorted(added),
+            adopted_on=list(adopted_on),
+        ).write(folder)
         return seal(folder, "taxonomy_change")
 
     def run(self, days, **parameters):
@@ -163,6 +168,20 @@ def test_labels_of_a_category_that_lives_on_follow_only_changes_made_since(world
     assert {day for day, offer_id in rows if offer_id == "o0"} == {"2025-12-31", "2026-01-01", "2026-01-02"}
     assert {day for day, offer_id in rows if offer_id == "o1"} == {"2025-12-31", *days}
     assert metrics["kept"] == 1
+
+
+def test_labels_of_a_day_that_is_taken_again_are_those_it_was_delivered_with(world, encoder):
+    divided = transition("slot", ["slot", "spout"], world.digest)
+    change = world.changed([divided], adopted_on=["", "2026-01-01", "2026-01-03"])
+    offers = [offer(0, "spout spout", "slot"), offer(1, "cheap large", "slot")]
+    days = {f"2026-01-0{day}": (world.digest, offers) for day in (2, 3, 4)}
+    rows, _, metrics = world.run(days, encoder=encoder, weak_per_category=0, change=change)
+    # On the day of the adoption shops still label as before.
+    assert {day for day, _ in rows} == {"2026-01-02", "2026-01-03"}
+    for day in ("2026-01-02", "2026-01-03"):
+        assert decision(rows[day, "o0"]) == ("spout", "by_evidence")
+        assert decision(rows[day, "o1"]) == (None, "put_aside")
+    assert metrics["kept"] == 2
 
 
 def test_the_text_decides_where_a_category_was_divided(world, encoder):
@@ -279,6 +298,28 @@ def test_proposals_that_are_too_often_wrong_are_not_made(world, encoder, monkeyp
     assert metrics["weak_precision"] == 0.4
 
 
+def test_the_estimate_looks_at_as_many_offers_as_the_search(world, encoder, monkeypatch):
+    monkeypatch.setattr(labels_module, "_SEARCHED_OFFERS", 5)
+    monkeypatch.setattr(labels_module, "_ESTIMATE_CATEGORIES", 1)
+    compared = []
+    search = labels_module._candidates
+
+    def watched(database, taxonomy, categories, offers, *args, **options):
+        if offers == "compared":
+            rows = database.sql("SELECT category_id, count(*) FROM compared GROUP BY ALL").fetchall()
+            compared.append((categories, dict(rows)))
+        return search(database, taxonomy, categories, offers, *args, **options)
+
+    monkeypatch.setattr(labels_module, "_candidates", watched)
+    words = ["boil", "slot", "novel", "map"]
+    labelled = [row for n, word in enumerate(words) for row in shops(6, word, 100 * n, word)]
+    days = {"2026-01-01": (NEW, labelled + shops(3, "spout", 900))}
+    world.run(days, encoder=encoder, few_labelled=4)
+    (([treated_as_new], offers),) = compared
+    assert offers.pop(treated_as_new) == labels_module._ESTIMATE_OWN_OFFERS
+    assert sum(offers.values()) == 5
+
+
 def test_a_change_that_leads_elsewhere_is_refused(world):
     other = world.changed([], history=[OLD, NEW])
     with pytest.raises(InputError, match="make taxonomy_change of this version"):
@@ -301,10 +342,15 @@ offers_of_a_day = st.lists(
 @given(
     days=st.lists(
         st.tuples(st.sampled_from([OLD, NEW, None, "e" * 64]), offers_of_a_day), min_size=1, max_size=3
-    )
+    ),
+    adopted_on=st.lists(st.sampled_from(["", "2026-01-01", "2026-01-02"]), min_size=3, max_size=3).map(
+        sorted
+    ),
 )
-def test_every_label_stands_moves_is_put_aside_or_unknown(tmp_path_factory, encoder, days):
+def test_every_label_stands_moves_is_put_aside_or_unknown(tmp_path_factory, encoder, days, adopted_on):
     world = World(tmp_path_factory.mktemp("world"))
+    known = msgspec.structs.replace(Transitions.read(world.change), adopted_on=adopted_on)
+    change = world.changed(known.transitions, adopted_on=adopted_on)
     feed = {
         f"2026-01-0{place + 1}": (
             digest or world.digest,
@@ -312,12 +358,12 @@ def test_every_label_stands_moves_is_put_aside_or_unknown(tmp_path_factory, enco
         )
         for place, (digest, offers) in enumerate(days)
     }
-    rows, weak, metrics = world.run(feed, encoder=encoder, few_labelled=2)
-    known = Transitions.read(world.change)
+    rows, weak, metrics = world.run(feed, encoder=encoder, few_labelled=2, change=change)
     counts = Counter()
     usable = set()
     for day, (digest, offers) in feed.items():
-        needed = known.for_labels_of(digest)
+        needed = known.for_labels_of(known.version_of_labels(digest, day))
+        assert needed.keys() >= known.for_labels_of(digest).keys()
         for row in offers:
             if (label := row["category_id"]) is None:
                 assert (day, row["offer_id"]) not in rows

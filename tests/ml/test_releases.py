@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,10 +26,13 @@ from ml.taxonomy_change import places
 from ml.taxonomy_change.formats import parse_tree
 from ml.taxonomy_change.releases import (
     Release,
+    compose_mappings,
     fingerprint,
     list_releases,
+    origins_are_checked,
     read_mapping,
     read_release,
+    says_more,
     write_taxonomy,
 )
 
@@ -316,6 +320,130 @@ def test_a_file_that_is_named_itself_is_the_tree_whatever_it_is_called(tmp_path,
     assert read("tree")[0].ids == ["1", "2", "3"]
 
 
+# Mappings of several releases
+
+
+def chain(tmp_path: Path) -> Path:
+    """v1 {1 2 3}, v2 splits 2 into 2 and 4 and replaces 3 by 5, v3 replaces 4 by 6 and has no 5."""
+    return put(
+        tmp_path / "chain",
+        v1__csv=CSV,
+        v2__csv="category_id,parent_id,name\n1,,Home\n2,1,Kitchen\n4,1,Cooking\n5,2,Boilers\n",
+        v2__mapping__csv="from_id,to_id\n2,2\n2,4\n3,5\n",
+        v3__csv="category_id,parent_id,name\n1,,Home\n2,1,Kitchen\n6,1,Cookware\n7,2,Jugs\n",
+        v3__mapping__csv="from_id,to_id\n4,6\n5,7\n",
+    )
+
+
+def adopted(tmp_path: Path, release: Release) -> Path:
+    """The folder of the release's artifact."""
+    (tmp_path / release.name).mkdir()
+    return run(tmp_path / release.name, parameters_of(release))[0]
+
+
+def test_a_release_carries_the_mappings_of_all_before_it_as_one(tmp_path):
+    first, second, third = list_releases(str(chain(tmp_path)))
+    assert roles(first) == [("v1.csv", "tree", "")]
+    assert [Path(file.uri).name for file in third.files] == [
+        "v1.csv",
+        "v2.csv",
+        "v2.mapping.csv",
+        "v3.csv",
+        "v3.mapping.csv",
+    ]
+    tree, mapping = read_release(third.files, third.source)
+    assert tree.ids == ["1", "2", "6", "7"]
+    expected = [("2", "2"), ("2", "6"), ("3", "7"), ("4", "6"), ("5", "7")]
+    assert mapping == expected
+    assert read_mapping(adopted(tmp_path, third)) == expected
+    assert read_release(second.files, second.source)[1] == [("2", "2"), ("2", "4"), ("3", "5")]
+
+
+def test_what_the_mapping_in_force_says_already_is_not_said_again(tmp_path):
+    first, second, third = list_releases(str(chain(tmp_path)))
+    in_force = adopted(tmp_path, second)
+    # Labels that were given 2 since v2 stand for the smaller 2; those that were given 3 went on.
+    expected = [("3", "7"), ("4", "6"), ("5", "7")]
+    assert read_release(third.files, third.source, in_force)[1] == expected
+    folder = adopted(tmp_path, third)
+    assert read_mapping(folder, in_force) == expected
+    assert read_mapping(folder, folder) == []
+    assert read_mapping(folder, adopted(tmp_path, first)) == read_mapping(folder)
+
+
+def test_the_fingerprint_covers_the_mappings_of_releases_before_but_not_their_trees(tmp_path):
+    folder = chain(tmp_path)
+    before = fingerprint(list_releases(str(folder))[-1])
+    put(folder, v1__csv=CSV + "8,1,Pots\n")
+    assert fingerprint(list_releases(str(folder))[-1]) == before
+    put(folder, v2__mapping__csv="from_id,to_id\n2,2\n2,4\n")
+    assert fingerprint(list_releases(str(folder))[-1]) != before
+
+
+def test_every_mapping_is_held_against_the_trees_around_it(tmp_path):
+    folder = chain(tmp_path)
+    put(folder, v3__mapping__csv="from_id,to_id\n4,6\n55,7\n")
+    with pytest.raises(InputError, match=r"v3\.mapping\.csv row 2 starts from category '55', which no"):
+        read(folder)
+    put(folder, v3__mapping__csv="from_id,to_id\n3,6\n")  # 3 was retired with v2
+    assert ("3", "7") not in read(folder)[1]
+    put(folder, v2__mapping__csv="from_id,to_id\n3,6\n")  # 6 is only of v3
+    with pytest.raises(InputError, match=r"v2\.mapping\.csv row 1 leads to category '6', which the tree"):
+        read(folder)
+
+
+def test_a_broken_release_that_was_skipped_is_not_held_against_later_ones(tmp_path):
+    folder = put(chain(tmp_path), v2__csv="nonsense")
+    assert ("4", "6") in read(folder)[1]
+    assert origins_are_checked(list_releases(str(folder))[-1].files)
+    assert not origins_are_checked(only_release(folder / "v3.csv").files)
+
+
+STEP = st.dictionaries(
+    st.sampled_from("abcdef"), st.lists(st.sampled_from("abcdefg"), min_size=1, max_size=3)
+)
+
+
+def rows_of(step: dict[str, list[str]]) -> list[tuple[str, str]]:
+    return [(former, current) for former, to in step.items() for current in dict.fromkeys(to)]
+
+
+@given(st.lists(STEP, max_size=4), st.sets(st.sampled_from("abcdefg")), st.integers(0, 4))
+def test_mappings_as_one_lead_where_they_lead_one_by_one(steps, current, in_force):
+    composed = compose_mappings([rows_of(step) for step in steps], current)
+    expected = {}
+    for number, step in enumerate(steps):
+        for former, to in step.items():
+            places = set(to)
+            for later in steps[number + 1 :]:
+                places = {after for place in places for after in later.get(place, [place])}
+            expected.setdefault(former, places)
+    for former, places in expected.items():
+        found = {current for start, current in composed if start == former}
+        assert found - {""} == places & current
+        assert ("" in found) == (bool(places & current) and not places <= current)
+    rows = [rows_of(step) for step in steps]
+    # With all of them in force nothing is new; of ids that live, only what came after counts.
+    assert compose_mappings(rows, current, known=rows, before="abcdefg") == []
+    after = compose_mappings(rows[in_force:], current)
+    names = [name for step in steps[:in_force] for name in step.items()]
+    if not any(name in names for step in steps[in_force:] for name in step.items()):
+        assert compose_mappings(rows, current, known=rows[:in_force], before="abcdefg") == after
+
+
+def test_an_id_that_is_gone_without_a_word_is_unknown_and_one_that_was_removed_is_not():
+    assert compose_mappings([[("a", "b")], []], {"c"}) == []
+    assert compose_mappings([[("a", "b")], [("b", "")]], {"c"}) == [("a", ""), ("b", "")]
+    assert compose_mappings([[("a", "b"), ("a", "c")]], {"c"}) == [("a", "c"), ("a", "")]
+
+
+def test_a_mapping_says_more_only_if_it_says_something_new():
+    assert says_more([("a", "b")], [])
+    assert says_more([("a", "b"), ("a", "c")], [("a", "b")])
+    assert not says_more([("a", "b"), ("c", "c")], [("a", "b"), ("x", "y")])
+    assert not says_more([], [("x", "y")])
+
+
 # Fingerprint and stage
 
 
@@ -389,7 +517,7 @@ def test_of_a_source_alone_the_stage_takes_the_newest_release(tmp_path):
 
 def test_a_release_needs_one_tree(tmp_path):
     file = TaxonomyFile(uri=str(put(tmp_path, v1__csv=CSV) / "v1.csv"), role="names", locale="de")
-    with pytest.raises(InputError, match="0 files are the tree"):
+    with pytest.raises(InputError, match="no file is the tree"):
         read_release([file], str(tmp_path))
 
 
@@ -474,8 +602,26 @@ def test_an_answer_that_is_too_large_or_too_slow_is_given_up(site, monkeypatch):
     with pytest.raises(InputError, match="is larger than 1 MB"):
         read(f"{site.url}/tree.csv")
     monkeypatch.setattr(places, "SECONDS_TO_DOWNLOAD", 0.0)
-    with pytest.raises(InputError, match="in 0 s and is not done"):
+    with pytest.raises(InputError, match="is too slow"):
         read(f"{site.url}/tree.csv")
+
+
+@pytest.mark.parametrize("stuck", ["_read_file", "_names"])
+def test_whoever_waits_goes_on_when_the_time_is_up(tmp_path, monkeypatch, stuck):
+    put(tmp_path, v1__csv=CSV)
+    never = threading.Event()
+    monkeypatch.setattr(places, stuck, lambda *_: never.wait(30))
+
+    def look() -> None:
+        give_up_at = time.monotonic() + 0.05
+        for release in list_releases(str(tmp_path), give_up_at):
+            fingerprint(release, give_up_at)
+
+    started_at = time.monotonic()
+    with pytest.raises(InputError, match=r"^CATALOG_TAXONOMY=.* is too slow: it was given up"):
+        look()
+    assert time.monotonic() - started_at < 15
+    never.set()
 
 
 def test_a_server_that_is_not_there_is_named(site):
@@ -522,10 +668,10 @@ def test_a_prefix_holds_versions_and_a_new_one_is_seen(bucket):
     from s3fs import S3FileSystem
 
     other = S3FileSystem(skip_instance_cache=True)
-    other.pipe_file("catalog/taxonomy/2024-10.mapping.csv", b"from_id,to_id\n9,1\n")
+    other.pipe_file("catalog/taxonomy/2024-10.mapping.csv", b"from_id,to_id\n3,1\n")
     other.pipe_file("catalog/taxonomy/2024-10.txt.gz", gzip.compress(GOOGLE.encode()))
     tree, mapping = read("s3://catalog/taxonomy/")
-    assert (tree.path("2"), mapping) == ("Home > Kitchen", [("9", "1")])
+    assert (tree.path("2"), mapping) == ("Home > Kitchen", [("3", "1")])
     before = fingerprint(list_releases("s3://catalog/taxonomy/")[-1])
     other.pipe_file("catalog/taxonomy/2024-10.txt.gz", gzip.compress(GOOGLE_DE.encode()))
     assert fingerprint(list_releases("s3://catalog/taxonomy/")[-1]) != before

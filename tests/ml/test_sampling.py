@@ -1,108 +1,25 @@
 import random
 from collections import Counter
-from pathlib import Path
 
 import msgspec
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from ml.artifacts import MANIFEST, write_manifest
+from ml.artifacts import MANIFEST
 from ml.errors import InputError
 from ml.evaluation.verification import shared_groups, unknown_labels
 from ml.offers import CLEAN_SCHEMA, TEXT_VERSION, offer_texts
-from ml.progress import Progress
-from ml.runner import StageContext
 from ml.sampling.split import Split
 from ml.sampling.stages import write_evaluation_set, write_training_sample
 from ml.stages import EvaluationSetParameters, TrainingSampleParameters
-from ml.taxonomy_change.transitions import Successor, Transition, Transitions
-
-CATEGORIES = ["a", "b", "c", "d"]
-LABELS = pa.schema(
-    [
-        *[(name, pa.string()) for name in ("offer_id", "delivered_on", "labelled_as", "category_id")],
-        ("decision", pa.string()),
-        ("confidence", pa.float64()),
-    ]
-)
-WEAK_LABELS = pa.schema(
-    [
-        *[(name, pa.string()) for name in ("offer_id", "delivered_on", "category_id")],
-        ("confidence", pa.float64()),
-        ("similarity", pa.float64()),
-    ]
-)
+from ml.taxonomy_change.transitions import Successor, Transition
+from tests.ml.sampling_workshop import CATEGORIES, Workshop, describe
 
 
 def offer(number, **columns):
     return {"offer_id": f"o{number}", "shop_id": "s0", "title": f"title {number}", **columns}
-
-
-class Workshop:
-    """Runs the two stages over days of offers, in a folder of its own."""
-
-    def __init__(self, folder: Path, categories=CATEGORIES):
-        self.folder = folder
-        self.runs = 0
-        taxonomy = folder / "taxonomy"
-        taxonomy.mkdir(parents=True)
-        self.set_taxonomy(categories)
-        self.history, self.transitions = ["v1"], []
-
-    def set_taxonomy(self, categories):
-        pq.write_table(pa.table({"category_id": categories}), self.folder / "taxonomy" / "taxonomy.parquet")
-
-    def next_version(self, categories, *transitions):
-        """The taxonomy changes; ``transitions`` are all that hold from now on."""
-        self.set_taxonomy(categories)
-        self.history, self.transitions = [*self.history, f"v{len(self.history) + 1}"], list(transitions)
-
-    def context(self, days, labels=(), weak=(), **inputs):
-        self.runs += 1
-        place = self.folder / f"run{self.runs}"
-        for name in ("migrated_labels", "taxonomy_change"):
-            (place / name).mkdir(parents=True)
-        pq.write_table(pa.Table.from_pylist(labels, LABELS), place / "migrated_labels" / "labels.parquet")
-        pq.write_table(
-            pa.Table.from_pylist(weak, WEAK_LABELS), place / "migrated_labels" / "weak_labels.parquet"
-        )
-        Transitions(history=self.history, transitions=self.transitions).write(place / "taxonomy_change")
-        folders = {
-            "catalog_taxonomy": self.folder / "taxonomy",
-            **{name: place / name for name in ("migrated_labels", "taxonomy_change")},
-            **inputs,
-        }
-        for day, offers in days.items():
-            folders[f"offers/{day}"] = place / day
-            (place / day).mkdir(parents=True)
-            pq.write_table(pa.Table.from_pylist(offers, CLEAN_SCHEMA), place / day / "offers.parquet")
-        for name in ("output", "checkpoints"):
-            (place / name).mkdir(parents=True)
-        return StageContext(folders, place / "output", place / "checkpoints", Progress("test"))
-
-    def evaluation_set(self, days, previous=None, labels=(), **parameters):
-        context = self.context(days, labels, **({"previous": previous} if previous else {}))
-        metrics = write_evaluation_set(context, EvaluationSetParameters(**parameters))
-        write_manifest(
-            context.output,
-            kind="evaluation_set",
-            key="",
-            inputs={"catalog_taxonomy": self.history[-1]},
-            code_version="",
-            code_revision=None,
-            parameters={},
-            metrics=metrics,
-            seconds=0.0,
-        )
-        return context.output, metrics
-
-    def training_sample(self, days, evaluation_set, labels=(), weak=(), **parameters):
-        context = self.context(days, labels, weak, evaluation_set=evaluation_set)
-        metrics = write_training_sample(context, TrainingSampleParameters(**parameters))
-        return context.output, metrics
 
 
 def files_of(artifact):
@@ -494,7 +411,9 @@ def test_labels_of_today_s_taxonomy_are_learned_from_and_only_certain_ones_measu
         assert (row["offer_id"], row["title"], row["labelled_as"]) in delivered
         if row["label_source"] == "human":
             assert row["category_id"] == row["labelled_as"]
-        elif row["label_source"] == "migrated":
+        elif row["label_source"] in ("migrated", "by_evidence"):
+            by_evidence = moves[row["offer_id"]]["decision"] == "by_evidence"
+            assert row["label_source"] == ("by_evidence" if by_evidence else "migrated")
             assert row["category_id"] == moves[row["offer_id"]]["category_id"]
         else:
             assert row["category_id"] == "new"
@@ -503,8 +422,8 @@ def test_labels_of_today_s_taxonomy_are_learned_from_and_only_certain_ones_measu
         "official",
         "inferred",
     }
-    assert {row["split"] for row in learned if row["label_source"] == "weak"} <= {"train"}
-    confidences = {"human": 1.0, "migrated": 0.9, "weak": 0.7}
+    assert {row["split"] for row in learned if row["label_source"] in ("weak", "by_evidence")} <= {"train"}
+    confidences = {"human": 1.0, "migrated": 0.9, "by_evidence": 0.9, "weak": 0.7}
     assert all(row["label_confidence"] == confidences[row["label_source"]] for row in learned)
 
     assert not any(shared_groups(training, evaluation, split_by).values())
@@ -512,6 +431,7 @@ def test_labels_of_today_s_taxonomy_are_learned_from_and_only_certain_ones_measu
     assert unknown_labels(tables, workshop.folder / "taxonomy") == {}
     sources = Counter(row["label_source"] for row in learned)
     assert metrics["migrated"] == sources["migrated"]
+    assert metrics["by_evidence"] == sources["by_evidence"]
     assert metrics["weak"] == sources["weak"]
     assert metrics["categories_with_weak_labels_only"] == (1 if sources["weak"] else 0)
     assert metrics["labelled"] == len(learned) <= limits["labelled"]
@@ -648,3 +568,74 @@ def test_a_weak_label_gives_way_to_a_person_s_and_to_a_more_confident_one(tmp_pa
     labelled = {row["offer_id"] for row in feed["2026-01-01"] if row["category_id"]}
     assert {row["offer_id"] for row in rows if row["label_source"] == "human"} <= labelled
     assert metrics["categories_without_training"] == 0
+
+
+def test_labels_moved_by_evidence_are_trained_on_and_have_no_say_in_who_validates(tmp_path):
+    feed = shop_feed()
+    split = [row for row in feed["2026-01-01"] if row["category_id"] == "d"]
+    for row in split:
+        row["category_id"] = "former"
+    moved = [
+        {
+            "offer_id": row["offer_id"],
+            "delivered_on": "2026-01-01",
+            "labelled_as": "former",
+            "category_id": "d",
+            "decision": "by_evidence",
+            "confidence": 0.85,
+        }
+        for row in split
+    ]
+    workshop = Workshop(tmp_path)
+    evaluation, _ = workshop.evaluation_set(feed, labels=moved)
+    training, metrics = workshop.training_sample(feed, evaluation, labels=moved, validation_share=0.5)
+    rows = rows_of(training / "labelled.parquet")
+    by_evidence = [row for row in rows if row["category_id"] == "d"]
+    assert len(by_evidence) == metrics["by_evidence"] > 0
+    assert {(row["split"], row["label_source"], row["label_confidence"]) for row in by_evidence} == {
+        ("train", "by_evidence", 0.85)
+    }
+    assert metrics["migrated"] == 0
+    without, _ = workshop.training_sample(
+        feed, evaluation, labels=[{**row, "category_id": None} for row in moved], validation_share=0.5
+    )
+    assert [row for row in rows if row["category_id"] != "d"] == rows_of(without / "labelled.parquet")
+
+
+def test_guesses_alone_are_nothing_to_learn_from(tmp_path):
+    workshop = Workshop(tmp_path, ["a", "b"])
+    feed = {"2026-01-01": [offer(n, category_id="a") for n in range(40)]}
+    feed["2026-01-01"] += [offer(n, category_id="former") for n in range(40, 60)]
+    moved = [
+        {
+            "offer_id": f"o{n}",
+            "delivered_on": "2026-01-01",
+            "labelled_as": "former",
+            "category_id": "b",
+            "decision": "by_evidence",
+            "confidence": 0.85,
+        }
+        for n in range(40, 60)
+    ]
+    evaluation, _ = workshop.evaluation_set(feed, labels=moved)
+    with pytest.raises(InputError, match="labelled offers of 1 categories"):
+        workshop.training_sample(feed, evaluation, labels=moved)
+
+
+@pytest.mark.parametrize("stale", ["migrated_labels", "taxonomy_change"])
+def test_labels_migrated_to_another_taxonomy_are_refused_and_the_asset_is_named(tmp_path, stale):
+    workshop, feed = Workshop(tmp_path), shop_feed()
+    context = workshop.context(feed)
+    describe(context.input(stale), catalog_taxonomy="v0")
+    message = f"{stale} leads to version v0 of the taxonomy, the one given is v1; materialize {stale} anew"
+    with pytest.raises(InputError, match=message):
+        write_evaluation_set(context, EvaluationSetParameters())
+
+
+def test_a_training_sample_refuses_labels_migrated_to_another_taxonomy(tmp_path):
+    workshop, feed = Workshop(tmp_path), shop_feed()
+    evaluation, _ = workshop.evaluation_set(feed)
+    context = workshop.context(feed, evaluation_set=evaluation)
+    describe(context.input("migrated_labels"), catalog_taxonomy="v0")
+    with pytest.raises(InputError, match="materialize migrated_labels anew"):
+        write_training_sample(context, TrainingSampleParameters())

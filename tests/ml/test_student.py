@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from torch.nn import functional
 
 from ml.artifacts import verify
 from ml.errors import InputError
@@ -94,7 +96,9 @@ def test_more_layers_than_the_teacher_has_are_refused(inputs: dict[str, Path], t
         make("student_checkpoint", inputs, TINY_STUDENT | {"layers": 7}, tmp_path / "student")
 
 
-def distillation_set(logits: torch.Tensor, top_k: int, targets: list[int]) -> DistillationSet:
+def distillation_set(
+    logits: torch.Tensor, top_k: int, targets: list[int], weights: tuple[float, float] = (1.0, 1.0)
+) -> DistillationSet:
     top = torch.topk(logits, top_k, dim=1)
     rest = logits.scatter(1, top.indices, -torch.inf)
     teacher = TeacherLabels(
@@ -103,7 +107,14 @@ def distillation_set(logits: torch.Tensor, top_k: int, targets: list[int]) -> Di
         top_logits=top.values.numpy(),
         tail_logsumexp=torch.logsumexp(rest, dim=1).numpy(),
     )
-    return DistillationSet([], np.array(targets), teacher, np.empty(0, np.int64), LabelledTexts([], []))
+    return DistillationSet(
+        [],
+        np.array(targets),
+        np.array(weights),
+        teacher,
+        np.empty(0, np.int64),
+        LabelledTexts([], [], np.empty(0)),
+    )
 
 
 ROWS = np.array([0, 1])
@@ -145,9 +156,39 @@ def test_keeping_all_classes_is_the_plain_tempered_divergence() -> None:
     torch.testing.assert_close(loss(student, ROWS), 4 * (p * (p / q).log()).sum(dim=1).mean())
 
 
-def test_human_labels_weigh_in_on_labelled_offers_only() -> None:
+def test_labels_weigh_in_on_labelled_offers_only() -> None:
     teacher, student = random_logits(0), random_logits(1)
     without = DistillationLoss(distillation_set(teacher, 2, [-1, -1]), 1.0, 0.4, CPU)(student, ROWS)
     with_one = DistillationLoss(distillation_set(teacher, 2, [-1, 3]), 1.0, 0.4, CPU)(student, ROWS)
     cross_entropy = -student.log_softmax(dim=1)[1, 3]
     torch.testing.assert_close(with_one - without, 0.4 * cross_entropy / 2)
+    guess = distillation_set(teacher, 2, [-1, 3], weights=(1.0, 0.5))
+    with_guess = DistillationLoss(guess, 1.0, 0.4, CPU)(student, ROWS)
+    torch.testing.assert_close(with_guess - without, 0.4 * 0.5 * cross_entropy / 2)
+
+
+def test_labels_of_people_weigh_one_and_then_nothing_differs_to_the_last_bit() -> None:
+    teacher, student = random_logits(0), random_logits(1).requires_grad_()
+    found = DistillationLoss(distillation_set(teacher, 2, [2, 3]), 1.0, 0.4, CPU)(student, ROWS)
+    divergence = DistillationLoss(distillation_set(teacher, 2, [2, 3]), 1.0, 0.0, CPU)(student, ROWS)
+    plain = functional.cross_entropy(student, torch.tensor([2, 3]), ignore_index=-1, reduction="sum") / 2
+    expected = divergence + 0.4 * plain
+    assert torch.equal(found, expected)
+    assert torch.equal(*(torch.autograd.grad(loss, student)[0] for loss in (found, expected)))
+
+
+def test_the_student_learns_less_from_guesses(inputs: dict[str, Path], tmp_path: Path) -> None:
+    sample = tmp_path / "sample"
+    shutil.copytree(inputs["training_sample"], sample)
+    table = pq.read_table(sample / "labelled.parquet")
+    table = table.append_column("label_source", pa.array(["weak"] * len(table)))
+    table = table.append_column("label_confidence", pa.array([0.5] * len(table)))
+    pq.write_table(table, sample / "labelled.parquet")
+    seal(sample, "training_sample")
+    losses = [
+        make("student_checkpoint", inputs | chosen, TINY_STUDENT | {"epochs": 1}, tmp_path / name)[1].metrics[
+            "training_loss"
+        ]
+        for name, chosen in (("people", {}), ("weak", {"training_sample": sample}))
+    ]
+    assert losses[1] < losses[0]

@@ -6,6 +6,7 @@ import csv
 import random
 import time
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from benchmarks.taxonomy_inference import edited, inferred, measured
 from ml.taxonomy import Category, Taxonomy
-from ml.taxonomy_change.successors import infer_transitions, match_names, words
+from ml.taxonomy_change.successors import infer_transitions, late_transitions, match_names, words
 from ml.taxonomy_change.transitions import Transition
 
 
@@ -78,6 +79,26 @@ def test_shares_of_an_official_split_are_those_of_the_offers_if_known():
         ("y", pytest.approx(0.75)),
         ("x", pytest.approx(0.25)),
     ]
+
+
+def test_a_part_that_is_gone_for_good_leaves_a_doubt():
+    found = step(HOME, HOME.replace("k/t:Kettles", "k/x:Big"), mapping=[("t", "x"), ("t", "")])["t"]
+    assert (found.origin, found.kind, targets(found), found.certain) == ("official", "replaced", ["x"], False)
+
+
+def test_a_mapping_that_comes_late_is_for_ids_that_were_gone_before():
+    old, new = tree(HOME), tree(HOME.replace("k/p:", "k/p2:"))
+    (gone,) = step("q:Grills", HOME).values()
+    mapping = [("p", "p2"), ("unheard", "r")]
+    earlier = [gone, msgspec.structs.replace(gone, from_id="x", from_name="X", from_path="G > X")]
+    assert late_transitions(earlier, old, new, mapping, since="v3") == {}
+    found = late_transitions(earlier, old, new, [*mapping, ("x", "p2")], since="v3")
+    assert [(t.from_path, t.origin, targets(t), t.certain) for t in found.values()] == [
+        ("G > X", "official", ["p2"], True)
+    ]
+    known = list(found.values())
+    assert late_transitions(known, old, new, [("x", "p2")], since="v4") == {}
+    assert targets(late_transitions(known, old, new, [("x", "r")], since="v4")["x"]) == ["r"]
 
 
 # Inferred
@@ -244,6 +265,19 @@ def test_an_added_word_is_told_from_a_replaced_one():
     assert match_names("Metal Tabs", "Adhesive Tabs").replaced > 0.3
     assert match_names("Rubber Foots", "Rubber Footes").replaced == 0
     assert match_names("Tabs, Metal", "Metal Tabs").same
+
+
+# Flat trees
+
+
+def test_thousands_of_new_siblings_take_seconds():
+    names = [f"{kind} {i}" for i, kind in enumerate(("Kettle", "Pan", "Soap Dish") * 1000)]
+    old = Taxonomy([Category(f"a{i}", None, name) for i, name in enumerate(names)])
+    new = Taxonomy([Category(f"b{i}", None, name) for i, name in enumerate(names)])
+    started_at = time.process_time()
+    found = infer_transitions(old, new, since="v2")
+    assert time.process_time() - started_at < 20
+    assert sum(targets(t) == [f"b{former[1:]}"] for former, t in found.items()) > 2900
 
 
 # Real trees

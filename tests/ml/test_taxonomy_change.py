@@ -15,7 +15,13 @@ from ml.runner import StageContext
 from ml.serving.predictor import PREDICTION_SCHEMA
 from ml.stages import TaxonomyChangeParameters
 from ml.taxonomy import Category, Taxonomy
-from ml.taxonomy_change.change import IMPACT_FILE, changed_categories, read_change, write_taxonomy_change
+from ml.taxonomy_change.change import (
+    IMPACT_FILE,
+    changed_categories,
+    changed_since,
+    read_change,
+    write_taxonomy_change,
+)
 from ml.taxonomy_change.transitions import Transitions
 from tests.ml.tiny_models import TINY_TEACHER, make, tiny_encoder, tiny_inputs
 
@@ -115,7 +121,9 @@ def test_the_first_version_changes_nothing(room):
     assert metrics["to_version"] == short_version(room.digest)
     assert not change.transitions
     assert change.diff.is_empty
-    assert Transitions.read(room.change) == Transitions(history=[room.digest], transitions=[])
+    assert Transitions.read(room.change) == Transitions(
+        history=[room.digest], transitions=[], adopted_on=[""]
+    )
     assert pq.read_table(room.change / IMPACT_FILE).num_rows == 0
     assert changed_categories(room.change) == {}
 
@@ -137,6 +145,79 @@ def test_only_names(room):
     assert changed_categories(room.change) == {"kettles": "changed"}
     (impact,) = read_change(room.change).impact
     assert impact.sentence.startswith("“kettles” is now called “water boilers”; 0 labelled offers")
+
+
+def test_what_is_below_a_moved_or_renamed_department_is_changed_and_counted(room):
+    room.adopt(FIRST)
+    days = {("2026-01-01", room.digest): [offer(n, "novels") for n in range(3)] + [offer(9, "kettles")]}
+    predicted = [
+        {"offer_id": f"o{n}", "category_id": c, "model_version": "m", "taxonomy_version": "t"}
+        for n, c in [(20, "novels"), (21, "atlases"), (22, "kettles"), (9, "kettles")]
+    ]
+    feed = {"days": days, "catalogued": {"2026-01-01": predicted}}
+    touched = ("labelled_touched", "unlabelled_touched", "traffic_touched")
+    below = dict.fromkeys(["atlases", "books", "novels"], "changed")
+    moved = FIRST | {"books": "home"}
+    metrics = room.adopt(moved, **feed)
+    assert changed_categories(room.change) == below
+    assert [metrics[name] for name in touched] == [3, 2, 0.5]
+    metrics = room.adopt(moved | {"comics": "books"}, names={"books": "reading"}, **feed)
+    assert changed_categories(room.change) == below | {"comics": "new"}
+    assert [metrics[name] for name in touched] == [3, 2, 0.5]
+
+
+def test_what_takes_in_whole_categories_is_changed_and_a_part_of_one_is_new(room):
+    room.adopt(FIRST)
+    first, tree = room.digest, Taxonomy.load(room.tree)
+    room.adopt(
+        without(FIRST, "novels", "atlases", "toasters", reading="books", grills="home", slots="home"),
+        mapping=[
+            ("novels", "reading"),
+            ("atlases", "reading"),
+            ("toasters", "grills"),
+            ("toasters", "slots"),
+        ],
+    )
+    expected = {"reading": "changed", "grills": "new", "slots": "new"}
+    assert changed_categories(room.change) == expected
+    second, known = Taxonomy.load(room.tree), room.digest
+    room.adopt(FIRST | {"slots": "home"}, mapping=[("grills", "toasters"), ("reading", "novels")])
+    transitions = Transitions.read(room.change)
+    third = Taxonomy.load(room.tree)
+    assert changed_since(second, third, transitions.for_labels_of(known)) == changed_categories(room.change)
+    # Against the first version: slots were not there, everything else is back.
+    assert changed_since(tree, third, transitions.for_labels_of(first)).get("slots") == "new"
+    assert "kettles" not in changed_since(tree, third, transitions.for_labels_of(first))
+    # Retired before the model learned: nothing that happened since.
+    assert changed_since(third, third, transitions.for_labels_of(room.digest)) == {}
+
+
+def test_the_dates_of_adoption_are_kept(room):
+    room.adopt(FIRST, adopted_on="2026-01-01")
+    room.adopt(without(FIRST, "novels"), adopted_on="2026-02-01")
+    room.adopt(without(FIRST, "novels", "atlases"), adopted_on="2026-03-01")
+    # Labels from before the first adoption are of the first version too.
+    assert Transitions.read(room.change).adopted_on == ["", "2026-02-01", "2026-03-01"]
+
+
+@pytest.mark.parametrize(
+    ("taken_with", "day", "adopted_on", "expected"),
+    [
+        ("v3", "2026-05-02", ["", "2026-03-01", "2026-05-01"], "v3"),
+        ("v3", "2026-05-01", ["", "2026-03-01", "2026-05-01"], "v2"),
+        ("v3", "2026-03-01", ["", "2026-03-01", "2026-05-01"], "v1"),
+        ("v2", "2026-06-01", ["", "2026-03-01", "2026-05-01"], "v2"),
+        ("?", "2026-06-01", ["", "2026-03-01", "2026-05-01"], "?"),
+        ("v3", "2026-02-01", ["", "2026-03-01", ""], "v1"),
+        ("v3", "2026-03-02", ["", "2026-03-01", ""], "v3"),
+        ("v3", "2026-02-01", [], "v3"),
+    ],
+)
+def test_labels_are_of_the_older_of_the_version_in_force_and_the_one_they_were_read_with(
+    taken_with, day, adopted_on, expected
+):
+    known = Transitions(history=["v1", "v2", "v3"], transitions=[], adopted_on=adopted_on)
+    assert known.version_of_labels(taken_with, day) == expected
 
 
 def test_offers_that_a_change_concerns_are_counted(room):
@@ -203,6 +284,20 @@ def test_labels_of_the_version_before_last_are_counted_where_they_are_now(room):
     assert read_change(room.change).few_labelled[0].labelled == 4
 
 
+def test_an_official_mapping_that_comes_late_says_where_ids_went_that_were_gone_before(room):
+    room.adopt(FIRST)
+    days = {("2026-01-01", room.digest): [offer(n, "toasters") for n in range(3)]}
+    room.adopt(without(FIRST, "toasters"))
+    assert Transitions.read(room.change).transitions[0].kind == "removed"
+    metrics = room.adopt(without(FIRST, "toasters", "novels"), mapping=[("toasters", "kettles")], days=days)
+    late = {t.from_id: t for t in Transitions.read(room.change).transitions}["toasters"]
+    assert (late.origin, late.certain, late.to[0].category_id) == ("official", True, "kettles")
+    impact = read_change(room.change).impact[0]
+    assert (impact.path, impact.labelled) == ("home > toasters", 3)
+    assert impact.sentence.startswith("“toasters” is now part of home > kettles (official)")
+    assert metrics["labelled_touched"] == 3
+
+
 def test_a_change_that_leads_elsewhere_is_refused(room):
     room.adopt(FIRST)
     change = room.change
@@ -212,12 +307,45 @@ def test_a_change_that_leads_elsewhere_is_refused(room):
         room.adopt(FIRST)
 
 
-def test_the_teacher_looks_at_offers_of_what_is_gone(room, tmp_path):
-    inputs = tiny_inputs(tmp_path)
-    encoder = tiny_encoder(tmp_path / "encoder")
-    teacher, _ = make(
-        "teacher_checkpoint", inputs, TINY_TEACHER | {"encoder": str(encoder)}, tmp_path / "teacher"
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher")
+    encoder = tiny_encoder(folder / "encoder")
+    return make(
+        "teacher_checkpoint", tiny_inputs(folder), TINY_TEACHER | {"encoder": str(encoder)}, folder / "made"
+    )[0]
+
+
+def test_the_teacher_has_no_say_in_what_it_learned_as_one_category(room, teacher):
+    room.adopt(FIRST)
+    offers = [offer(n, "toasters", "slot crumb slot kettles") for n in range(12)]
+    room.adopt(
+        FIRST,
+        mapping=[("toasters", "toasters"), ("toasters", "kettles")],
+        days={("2026-01-01", room.digest): offers},
+        teacher=teacher,
     )
+    (transition,) = read_change(room.change).transitions
+    assert transition.to[0].category_id == "kettles"
+
+
+def test_offers_that_people_labelled_otherwise_since_have_no_vote(room, teacher):
+    room.adopt(FIRST)
+    title = "slot crumb"
+    room.adopt(
+        without(FIRST, "toasters", slot="home", boil="home"),
+        mapping=[("toasters", "slot"), ("toasters", "boil")],
+        days={
+            ("2026-01-01", room.digest): [offer(n, "toasters", title) for n in range(12)],
+            ("2026-01-02", room.digest): [offer(n, "kettles", title) for n in range(12)],
+        },
+        teacher=teacher,
+    )
+    (transition,) = read_change(room.change).transitions
+    assert [successor.share for successor in transition.to] == [0.5, 0.5]
+
+
+def test_the_teacher_looks_at_offers_of_what_is_gone(room, teacher):
     room.adopt(FIRST)
     offers = [offer(n, "toasters", "slot crumb") for n in range(12)]
     options = {
@@ -246,6 +374,7 @@ trees = st.dictionaries(st.sampled_from("abcdefgh"), st.none() | st.sampled_from
 def test_every_label_of_any_version_has_its_place(tmp_path_factory, versions):
     room = Room(tmp_path_factory.mktemp("room"))
     ever = set()
+    adopted = []
     for number, tree in enumerate(versions):
         current = {"r": None, "s": None} | tree
         metrics = room.adopt(current)
@@ -261,3 +390,13 @@ def test_every_label_of_any_version_has_its_place(tmp_path_factory, versions):
             {i.category_id for i in change.impact if i.category_id not in current}
         )
         ever |= current.keys()
+        now = Taxonomy.load(room.tree)
+        for digest, before in adopted:
+            changed = changed_since(before, now, transitions.for_labels_of(digest))
+            assert changed.keys() <= current.keys()
+            assert all(c in before for c in current.keys() - changed.keys())
+            assert all(before.path(c) == now.path(c) for c in current.keys() - changed.keys())
+            assert all(c not in before for c, difference in changed.items() if difference == "new")
+        if adopted:
+            assert changed == changed_categories(room.change)
+        adopted.append((room.digest, now))

@@ -10,13 +10,17 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from torch.nn import functional
 
 from ml.artifacts import read_manifest, short_version, verify
 from ml.errors import InputError
 from ml.learning.encoder import Classifier
 from ml.learning.teacher import HierarchicalLoss, ancestor_groups
+from ml.learning.training_data import read_labelled
 from ml.taxonomy import Category, Taxonomy
 from tests.ml.tiny_models import (
     TINY_TEACHER,
@@ -147,7 +151,70 @@ def test_ancestors_probability_is_the_sum_over_the_labels_below() -> None:
     books, home = p[:, 0] + p[:, 2], p[:, 1] + p[:, 3]
     leaf = -torch.stack([p[0, 0], p[1, 1], p[2, 3]]).log().mean()
     root = -torch.stack([books[0], home[1], home[2]]).log().mean()
-    torch.testing.assert_close(loss(logits, targets), leaf + 0.5 * root)
+    torch.testing.assert_close(loss(logits, targets, torch.ones(3)), leaf + 0.5 * root)
+
+
+def plain_loss(labels: list[str], logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The mean loss in which every row counts alike."""
+    log_probabilities = functional.log_softmax(logits, dim=1)
+    loss = functional.nll_loss(log_probabilities, targets)
+    for grouping in ancestor_groups(tiny_taxonomy(), labels):
+        group = torch.from_numpy(grouping)
+        kept = log_probabilities.masked_fill(group[None, :] != group[targets, None], -torch.inf)
+        loss = loss - 0.3 * torch.logsumexp(kept, dim=1).sum() / len(targets)
+    return loss
+
+
+def test_rows_of_people_weigh_one_and_then_nothing_differs_to_the_last_bit() -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(37, 4, generator=generator, requires_grad=True)
+    targets = torch.randint(4, (37,), generator=generator)
+    hierarchy = HierarchicalLoss(tiny_taxonomy(), LABELS, 0.3, torch.device("cpu"))
+    found = hierarchy(logits, targets, torch.ones(37))
+    expected = plain_loss(LABELS, logits, targets)
+    assert torch.equal(found, expected)
+    gradients = [torch.autograd.grad(loss, logits)[0] for loss in (found, expected)]
+    assert torch.equal(*gradients)
+
+
+def test_a_row_counts_by_its_weight() -> None:
+    logits = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    targets = torch.tensor([0, 1, 3])
+    hierarchy = HierarchicalLoss(tiny_taxonomy(), LABELS, 0.3, torch.device("cpu"))
+    single = [plain_loss(LABELS, logits[row : row + 1], targets[row : row + 1]) for row in range(3)]
+    expected = (single[0] + 0.5 * single[1] + 0.25 * single[2]) / 3
+    torch.testing.assert_close(hierarchy(logits, targets, torch.tensor([1.0, 0.5, 0.25])), expected)
+
+
+def with_guesses(sample: Path, source: str, confidence: float) -> None:
+    """Say of the first half of the training offers where their labels are from."""
+    path = sample / "labelled.parquet"
+    table = pq.read_table(path)
+    sources = [source if number < 24 else "human" for number in range(len(table))]
+    confidences = [confidence if number < 24 else 1.0 for number in range(len(table))]
+    table = table.append_column("label_source", pa.array(sources))
+    pq.write_table(table.append_column("label_confidence", pa.array(confidences)), path)
+    seal(sample, "training_sample")
+
+
+@pytest.mark.parametrize(("source", "counts"), [("weak", 0.6), ("by_evidence", 0.6), ("migrated", 1.0)])
+def test_only_a_guess_counts_by_its_confidence(tmp_path: Path, source: str, counts: float) -> None:
+    sample = tiny_inputs(tmp_path)["training_sample"]
+    assert read_labelled(sample, "train").weights.tolist() == [1.0] * 48
+    with_guesses(sample, source, 0.6)
+    assert read_labelled(sample, "train").weights.tolist() == [counts] * 24 + [1.0] * 24
+
+
+def test_the_teacher_learns_less_from_guesses_and_the_same_without_them(tmp_path: Path) -> None:
+    parameters = TINY_TEACHER | {"encoder": str(tiny_encoder(tmp_path / "encoder")), "epochs": 1}
+    digests = []
+    for name, source in (("plain", None), ("people", "migrated"), ("weak", "weak")):
+        inputs = tiny_inputs(tmp_path / name)
+        if source:
+            with_guesses(inputs["training_sample"], source, 0.5)
+        folder, _ = make("teacher_checkpoint", inputs, parameters, tmp_path / name / "teacher")
+        digests.append(read_manifest(folder).digest)
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_a_label_above_the_leaves_counts_for_its_own_subtree_and_has_no_loss_below_it() -> None:
@@ -157,15 +224,17 @@ def test_a_label_above_the_leaves_counts_for_its_own_subtree_and_has_no_loss_bel
     loss = HierarchicalLoss(tiny_taxonomy(), labels, 1.0, torch.device("cpu"))
     logits = torch.tensor([[0.3, -0.2, 1.0]])
     p = torch.softmax(logits, dim=1)[0]
-    torch.testing.assert_close(loss(logits, torch.tensor([0])), -p[0].log())
-    torch.testing.assert_close(loss(logits, torch.tensor([1])), -p[1].log() - (p[0] + p[1]).log())
+    torch.testing.assert_close(loss(logits, torch.tensor([0]), torch.ones(1)), -p[0].log())
+    torch.testing.assert_close(
+        loss(logits, torch.tensor([1]), torch.ones(1)), -p[1].log() - (p[0] + p[1]).log()
+    )
 
 
 def test_labels_of_different_depth_have_a_finite_loss_and_gradient() -> None:
     taxonomy = Taxonomy([Category("a", None, "a"), Category("b", "a", "b"), Category("c", "b", "c")])
     loss = HierarchicalLoss(taxonomy, ["a", "b", "c"], 0.3, torch.device("cpu"))
     logits = torch.tensor([[100.0, 0.0, -100.0]] * 3, requires_grad=True)
-    value = loss(logits, torch.tensor([0, 1, 2]))
+    value = loss(logits, torch.tensor([0, 1, 2]), torch.ones(3))
     value.backward()
     assert torch.isfinite(value)
     assert torch.isfinite(logits.grad).all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -186,6 +187,21 @@ def test_labels_given_since_a_split_need_no_transition_and_retired_ids_always_do
     known = Transitions(history=["v1", "v2", "v3"], transitions=later)
     assert shares(known.for_labels_of("v2")["a"]) == {"b": 0.5, "c": 0.5}
     assert not known.for_labels_of("v2")["a"].certain
+
+
+def test_what_is_learnt_later_of_a_retired_id_takes_the_place_of_what_was_inferred():
+    inferred = moved("a", "b", origin="inferred", confidence=0.5, certain=False)
+    late = moved("a", "c", since="v3")
+    assert compose([inferred], steps(late), {"b", "c"}, {"b", "c"}) == [late]
+    # Also of an id that is back: labels from before it was retired go where the mapping says.
+    (back,) = compose([inferred], steps(late), {"b", "c"}, {"a", "b", "c"})
+    assert back == msgspec.structs.replace(late, lives_on=True)
+
+
+def test_an_official_split_that_lost_a_part_does_not_become_certain_later():
+    lost = compose([moved("a", "b", "c")], steps(moved("c", since="v3")), {"b", "c"}, {"b"})
+    a, *_ = compose(lost, steps(moved("b", "d", since="v4")), {"b"}, {"d"})
+    assert (shares(a), a.certain) == ({"d": 1.0}, False)
 
 
 def test_moves_are_those_that_have_somewhere_to_go():

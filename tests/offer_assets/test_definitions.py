@@ -55,7 +55,7 @@ UPSTREAM = {
 }
 
 CHECKS = {
-    "taxonomy_change": {"new_categories_have_labelled_offers"},
+    "taxonomy_change": {"new_categories_have_labelled_offers", "renames_keep_their_meaning"},
     "raw_offers": {"every_feed_file_was_read"},
     "offers": {"no_offer_is_lost", "labels_exist_in_taxonomy"},
     "quarantined_offers": {"few_offers_are_quarantined"},

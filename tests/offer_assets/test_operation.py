@@ -1,5 +1,6 @@
 """A day at work: what the endpoint does after a restart, and which offers a day is held against."""
 
+import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,9 @@ class RecordingCompute(Compute):
 
 
 class DeadEndpoints(Endpoints):
+    def releasing(self):
+        return contextlib.nullcontext()
+
     def deploy(self, folder: Path, ref: ArtifactRef) -> EndpointStatus:
         CALLS.deployed.append(ref)
         return EndpointStatus(

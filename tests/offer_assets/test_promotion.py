@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
@@ -15,18 +16,26 @@ import dagster as dg
 import pytest
 
 from ml.artifacts import ArtifactRef, read_manifest, reference, write_manifest
+from ml.stages import STAGES
 from offer_assets import __main__ as command_line
 from offer_assets import versions as versions_module
+from offer_assets.evaluation import student_evaluation, student_of
 from offer_assets.jobs import START_ENDPOINT
-from offer_assets.release import Lineage, lineage_of
+from offer_assets.release import CHAMPION_TAG, Lineage, lineage_of
+from resources.alerts import Alert, OutboxAlerts
+from resources.artifact_store import FolderArtifactStore
+from resources.compute import LocalCompute
 from resources.endpoints import LocalEndpoints
-from resources.tracking import now
+from resources.tracking import MlflowTracking, now
 from tests.ml.compiled_models import compiled_root, compiled_student, other_compiled_student
 from tests.registry import registry_in
 from tests.release_world import (
     BAD,
+    GOOD,
+    REGISTER,
     RELEASE,
     RENAMED_1,
+    RENAMED_STUDENT,
     TAXONOMY_1,
     TAXONOMY_2,
     World,
@@ -38,7 +47,10 @@ __all__ = ["compiled_root", "compiled_student", "other_compiled_student"]
 
 
 @pytest.fixture
-def world(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def world(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[World]:
+    monkeypatch.setitem(STAGES, "renamed_student", RENAMED_STUDENT)
     with dg.DagsterInstance.ephemeral() as instance:
         world = World(tmp_path, registry_in(tmp_path, tmp_path_factory), instance, free_port())
         yield world
@@ -346,6 +358,217 @@ def test_a_rollback_to_another_taxonomy_says_so(world):
     assert adopted in note
 
 
+def test_an_evaluation_from_before_a_rollback_releases_nothing(world):
+    first, second = world.release("first"), world.release("second")
+    third = world.train("third")
+    world.roll_back()
+    assert failure_of(world.run(RELEASE)) == (
+        f"production has changed: student_evaluation compared with version 2 (model {second.version}), and "
+        f"version 1 (model {first.version}) is in production by now. Materialize student_evaluation again, "
+        "then this"
+    )
+    assert world.serving == first.version
+    world.evaluate(third, "third again", **GOOD)
+    assert world.run(RELEASE).success
+    assert world.serving == third.version
+
+
+def test_a_rollback_between_registration_and_deployment_wins(world):
+    first = world.release("first")
+    world.release("second")
+    third = world.train("third")
+    assert world.run(REGISTER).success
+    world.roll_back()
+    world.store.write_pointer("model_version", third)
+    assert failure_of(world.run(START_ENDPOINT)).startswith(
+        f"version 3 (model {third.version}) was not compared with version 1 (model {first.version})"
+    )
+    assert world.serving == first.version
+    # A person who has seen the rollback has the last word.
+    world.decide(third, "approved")
+    assert world.run(START_ENDPOINT).success
+    assert world.serving == third.version
+
+
+def test_a_rollback_after_an_approval_wins_too(world):
+    first = world.release("first")
+    world.release("second")
+    third = world.release("third", approval="required")
+    world.decide(third, "approved")
+    world.roll_back()
+    world.store.write_pointer("model_version", third)
+    assert "was not compared with version 1" in failure_of(world.run(START_ENDPOINT))
+    assert world.serving == first.version
+
+
+def test_of_two_trainings_at_once_the_second_does_not_replace_what_it_was_not_compared_with(world):
+    world.train("first")
+    assert world.run(REGISTER).success
+    second = world.train("second")
+    assert world.run(RELEASE).success
+    world.store.write_pointer("model_version", world.tracking.find("1").ref)
+    assert "was not compared with version 2" in failure_of(world.run(START_ENDPOINT))
+    assert world.serving == second.version
+
+
+def test_who_changes_what_serves_has_it_for_himself_to_the_end(world, monkeypatch):
+    held: list[tuple[str, bool]] = []
+
+    def noted(kind: type, name: str) -> None:
+        original = getattr(kind, name)
+
+        def method(self, *arguments):
+            with (world.folder / "endpoint" / "release.lock").open("w") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    held.append((name, False))
+                except BlockingIOError:
+                    held.append((name, True))
+            return original(self, *arguments)
+
+        monkeypatch.setattr(kind, name, method)
+
+    world.release("first")
+    world.train("second")
+    assert world.run(REGISTER).success
+    for kind, name in (
+        (LocalEndpoints, "deploy"),
+        (MlflowTracking, "promote"),
+        (FolderArtifactStore, "write_pointer"),
+    ):
+        noted(kind, name)
+    assert world.run(START_ENDPOINT).success
+    assert held == [("deploy", True), ("promote", True), ("write_pointer", True)]
+    held.clear()
+    assert world.roll_back().success
+    assert sorted(held) == [("deploy", True), ("promote", True), *[("write_pointer", True)] * 2]
+
+
+def test_a_rollback_holds_until_a_newer_model_passes_against_the_one_rolled_back_to(world):
+    """What is retrained and found to be the same stays rejected; a new one is compared with the first."""
+    first, second = world.release("first"), world.release("second")
+    world.roll_back()
+    world.evaluate(second, "second again", **GOOD)
+    assert "was rejected by anna" in failure_of(world.run(RELEASE))
+    assert world.serving == first.version
+
+    class Asked(Exception):
+        pass
+
+    class Recording(LocalCompute):
+        def run(self, context, stage_name, inputs, parameters):
+            raise Asked(inputs["production_model"].digest)
+
+    third = world.train("third")
+    student = world.compute.origin(third, "student_checkpoint")
+    change = world.store.read_pointer("taxonomy_change")
+    others = dict.fromkeys(
+        ("evaluation_set", "teacher_checkpoint", "fast_checkpoint", "training_sample"), student
+    )
+    with pytest.raises(Asked, match=first.digest):
+        student_evaluation(
+            dg.build_asset_context(),
+            **others,
+            student_checkpoint=student,
+            taxonomy_change=change,
+            compute=Recording(store=world.store),
+            tracking=world.tracking,
+        )
+
+
+class TestNames:
+    """Only names of categories change; the model goes on under the new ones."""
+
+    def test_what_serves_goes_on_under_new_names_though_the_newest_failed_the_gate(self, world):
+        first = world.release("first")
+        failed = world.release("bad", metrics=BAD)
+        assert not world.registered(failed).may_serve
+        assert world.rename(RENAMED_1).success
+        production = world.tracking.production()
+        assert production.ref.kind == "renamed_student"
+        assert world.compute.manifest(production.ref).inputs["compiled_student"] == first.digest
+        assert world.serving == production.model_version
+        entry = world.tracking.history()[-1]
+        assert (entry.kind, entry.by, entry.reason, entry.replaced) == (
+            "rename",
+            f"job {RELEASE}",
+            "the same model under other names",
+            first.version,
+        )
+        assert entry.taxonomy_version == world.store.read_pointer("catalog_taxonomy").version
+        # And back: the names of before are those of the model itself.
+        assert world.rename(TAXONOMY_1).success
+        assert world.serving == first.version
+
+    def test_a_model_approved_despite_the_gate_gets_new_names(self, world):
+        failed = world.release("bad", metrics=BAD)
+        world.decide(failed, "approved", despite_gate=True, reason="nothing else serves")
+        assert world.run(START_ENDPOINT).success
+        assert world.rename(RENAMED_1).success
+        production = world.tracking.production()
+        assert world.serving == production.model_version != failed.version
+        assert production.decision == world.registered(failed).decision
+
+    def test_a_rename_is_no_change_of_the_production_that_an_evaluation_compared_with(self, world):
+        world.release("first")
+        world.train("second")
+        evaluation = world.store.read_pointer("student_evaluation")
+        assert world.rename(RENAMED_1).success
+        assert world.store.read_pointer("student_evaluation") == evaluation
+        assert world.run(RELEASE).success
+        assert world.tracking.history()[-1].kind == "promotion"
+
+    def test_a_version_approved_after_a_rename_is_served_under_the_new_names(self, world):
+        world.release("first")
+        second = world.release("second", approval="required")
+        world.rename(RENAMED_1)
+        world.decide(second, "approved", reason="looks good")
+        for _ in range(2):
+            assert world.run(START_ENDPOINT).success
+        production = world.tracking.production()
+        manifest = world.compute.manifest(production.ref)
+        assert world.serving == production.model_version
+        assert manifest.inputs["compiled_student"] == second.digest
+        assert manifest.inputs["catalog_taxonomy"] == world.store.read_pointer("catalog_taxonomy").digest
+        assert production.decision == world.registered(second).decision
+        assert [entry.kind for entry in world.tracking.history()] == ["promotion", "rename", "promotion"]
+        assert (world.tracking.history()[-1].by, world.tracking.history()[-1].reason) == (
+            "anna",
+            "looks good",
+        )
+
+    def test_a_rollback_leads_to_another_model_and_the_rejected_one_stays_away_under_any_name(self, world):
+        first, second = world.release("first"), world.release("second")
+        world.rename(RENAMED_1)
+        assert world.roll_back().success
+        for _ in range(2):
+            assert world.serving == first.version
+            assert world.run(START_ENDPOINT).success
+        world.adopt(RENAMED_1.replace("figures", "puppets"))
+        world.evaluate(second, "second again", **GOOD)
+        assert "was rejected by anna" in failure_of(world.run(RELEASE))
+        assert world.serving == first.version
+
+
+def test_a_registry_from_before_the_history_serves_and_rolls_back(world):
+    from mlflow import MlflowClient
+
+    first, second = world.release("first"), world.release("second")
+    client = MlflowClient(tracking_uri=world.tracking.tracking_uri)
+    for version in world.tracking.versions():
+        for tag in version.tags.keys() - {"verdict", "evaluation"}:
+            client.delete_model_version_tag(version.name, version.version, tag)
+        at = f"2026-11-0{version.version}T10:00:00+00:00"
+        for tag, value in {"promoted_at": at, "promotion_reason": "run 1"}.items():
+            client.set_model_version_tag(version.name, version.version, tag, value)
+    world.endpoints.stop()
+    assert world.run(START_ENDPOINT).success
+    assert world.serving == second.version
+    assert world.roll_back().success
+    assert world.serving == first.version
+    assert [entry.kind for entry in world.tracking.history()] == ["promotion", "promotion", "rollback"]
+
+
 def test_lineage_of_what_is_gone_is_empty(world):
     compiled = world.train("first")
     assert lineage_of(world.compute, compiled).code_revision == "code of first"
@@ -394,7 +617,9 @@ def test_no_request_is_lost_while_a_rollback_brings_a_real_model_back(
             seconds=0.1,
         )
         refs.append(reference(folder))
-        world.tracking.register(refs[-1], {}, {"verdict": "passed"}, approval="automatic")
+        champion = student_of(world.tracking.production(), world.compute)
+        tags = {"verdict": "passed", CHAMPION_TAG: champion}
+        world.tracking.register(refs[-1], {}, tags, approval="automatic")
         world.store.write_pointer("model_version", refs[-1])
         assert world.run(START_ENDPOINT).success
     offers = [{"offer_id": str(number), "shop_id": "s", "title": f"Offer {number}"} for number in range(8)]
@@ -462,6 +687,23 @@ class TestCommands:
         assert f"answers with model {second.version}." in capsys.readouterr().out
         assert command_line.main(["rollback", "--reason", "toys"]) == 0
         assert f"version 1 (model {first.version}) is in production" in capsys.readouterr().out
+
+    def test_alerts_are_listed_oldest_first(self, tmp_path, capsys):
+        assert command_line.main(["alerts"]) == 0
+        assert capsys.readouterr().out == "there are no alerts\n"
+        outbox = OutboxAlerts(home=str(tmp_path / "home"))
+        for day, title in (("02", "Second"), ("01", "First")):
+            at = f"2026-11-{day}T10:00:00.000+00:00"
+            outbox.raise_alert(
+                Alert(id=title, severity="WARN", title=title, text=f"{title} text.", raised_at=at)
+            )
+        assert command_line.main(["alerts"]) == 0
+        assert capsys.readouterr().out.splitlines() == [
+            "2026-11-01T10:00:00Z  WARN   First",
+            "    First text.",
+            "2026-11-02T10:00:00Z  WARN   Second",
+            "    Second text.",
+        ]
 
     def test_what_does_not_work_is_one_line_and_an_exit_status(self, world, capsys):
         world.release("first")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from ml.artifacts import ArtifactRef, write_manifest
 from ml.taxonomy_change.change import read_change
 from offer_assets.definitions import build_defs
+from offer_assets.instance import FEED_TAG, process_tag
 from offer_assets.jobs import ADOPT_TAXONOMY
 from offer_assets.policies import TAXONOMY_FINGERPRINT_TAG
 from offer_assets.preview import PREVIEW_TAXONOMY
@@ -20,6 +22,8 @@ from resources.settings import Settings
 
 ONE = "category_id,parent_id,name\n1,,Home\n2,1,Kettles\n3,1,Toasters\n4,1,Lamps\n"
 TWO = "category_id,parent_id,name\n1,,Home\n2,1,Kettles\n3,1,Toasters\n4,1,Lamps\n5,1,Fridges\n"
+TWO_REWRITTEN = "category_id,parent_id,name\n1,,Home\n5,1,Fridges\n2,1,Kettles\n3,1,Toasters\n4,1,Lamps\n"
+TWO_RENAMED = "category_id,parent_id,name\n1,,Home\n2,1,Kettles\n3,1,Toasters\n4,1,Bicycles\n5,1,Fridges\n"
 THREE = "category_id,parent_id,name\n1,,Home\n2,1,Kettles\n5,1,Fridges\n6,1,Freezers\n"
 BROKEN = "category_id,parent_id,name\n1,2,Home\n2,1,Kettles\n"
 TINY = "category_id,parent_id,name\n1,,Home\n"
@@ -39,6 +43,7 @@ class Catalog:
         self.resources = self.definitions.resources or {}
         self.store, self.compute = self.resources["artifact_store"], self.resources["compute"]
         self.instance = instance
+        self.pointers = folder / "home" / "pointers" / self.store.feed
 
     def release(self, name: str, csv: str) -> None:
         (self.releases / f"{name}.csv").write_text(csv)
@@ -133,6 +138,98 @@ def test_a_run_takes_only_the_release_that_it_was_started_for(catalog: Catalog) 
     result = catalog.run(tags={TAXONOMY_FINGERPRINT_TAG: "of another release"})
     assert "came after the one that this run was started for" in said(result)
     assert catalog.store.read_pointer("catalog_taxonomy") == before
+
+
+def test_what_a_person_took_is_not_refused_again(catalog: Catalog) -> None:
+    """The run that follows a release is started for the one in force, and judges it no more."""
+    catalog.run()
+    catalog.release("v2", TINY)
+    refused = said(catalog.run())
+    assert "adopt_taxonomy" in refused
+    assert "ops: {catalog_taxonomy: {config: {accept_objections: true}}}" in refused
+    config = {"ops": {"catalog_taxonomy": {"config": {"accept_objections": True}}}}
+    assert catalog.run(run_config=config).success
+    assert catalog.run().success
+
+
+def test_the_same_release_in_another_file_is_the_version_in_force(catalog: Catalog) -> None:
+    catalog.run()
+    catalog.release("v2", TWO)
+    catalog.run()
+    before = catalog.store.read_pointer("catalog_taxonomy"), catalog.change()
+    fingerprint = catalog.compute.manifest(before[0]).parameters["fingerprint"]
+    catalog.release("v3", TWO_REWRITTEN)
+    assert catalog.run(tags={TAXONOMY_FINGERPRINT_TAG: fingerprint}).success
+    assert (catalog.store.read_pointer("catalog_taxonomy"), catalog.change()) == before
+
+
+def test_a_mapping_that_comes_late_is_a_change(catalog: Catalog) -> None:
+    catalog.run()
+    catalog.release("v2", TWO)
+    catalog.run()
+    before = catalog.change()
+    (catalog.releases / "v2.mapping.csv").write_text("from_id,to_id\n3,3\n3,5\n")
+    assert catalog.run().success
+    assert catalog.change().metrics["split"] == 1
+    (catalog.releases / "v2.mapping.csv").unlink()
+    after = catalog.change()
+    assert catalog.run().success
+    assert catalog.change() == after != before
+
+
+def test_a_run_says_whose_it_is_and_in_which_process(catalog: Catalog) -> None:
+    result = catalog.run()
+    run = catalog.instance.get_run_by_id(result.run_id)
+    assert run is not None
+    tags = {**process_tag(result.run_id), FEED_TAG: catalog.store.feed}
+    assert {name: run.tags.get(name) for name in tags} == tags
+
+
+def test_a_new_name_that_is_unlike_the_old_one_is_pointed_out(catalog: Catalog) -> None:
+    catalog.run()
+    catalog.release("v2", TWO_RENAMED)
+    result = catalog.run()
+    assert result.success
+    (check,) = [
+        found
+        for found in result.get_asset_check_evaluations()
+        if found.check_name == "renames_keep_their_meaning"
+    ]
+    assert not check.passed
+    assert "'Lamps'" in (check.description or "")
+
+
+def test_a_change_says_when_it_was_taken(catalog: Catalog) -> None:
+    catalog.run()
+    catalog.release("v2", TWO)
+    catalog.run()
+    taken = catalog.compute.manifest(catalog.change()).parameters["adopted_on"]
+    assert abs((datetime.datetime.now(datetime.UTC).date() - datetime.date.fromisoformat(taken)).days) <= 1
+
+
+@pytest.mark.parametrize(("csv", "added"), [(TWO, 1), (ONE, 0)])
+def test_before_the_first_change_the_served_model_says_what_is_new(
+    catalog: Catalog, csv: str, added: int
+) -> None:
+    """A home from before there were changes has a model, and the taxonomy that it knows."""
+    catalog.run()
+    known = catalog.store.read_pointer("catalog_taxonomy")
+    (catalog.pointers / "taxonomy_change.json").unlink()
+    teacher = made(catalog, "teacher_checkpoint", {})
+    student = made(catalog, "student_checkpoint", {"teacher_checkpoint": teacher.digest})
+    served = made(
+        catalog,
+        "compiled_student",
+        {"student_checkpoint": student.digest, "catalog_taxonomy": known.digest},
+    )
+    promote(catalog.resources["tracking"], served)
+    catalog.store.write_pointer("offer_endpoint", served)
+    catalog.release("v2", csv)
+    assert catalog.run().success
+    assert catalog.change().metrics["added"] == added
+    inputs = catalog.compute.manifest(catalog.change()).inputs
+    assert inputs.get("previous_taxonomy") == (known.digest if added else None)
+    assert ("student_checkpoint" in inputs) == bool(added)
 
 
 def test_a_preview_shows_the_impact_and_takes_nothing(catalog: Catalog) -> None:

@@ -166,6 +166,22 @@ def test_two_deployments_at_once_leave_one_server(endpoints, model):
     assert len({status.pid for status in results}) == 1
 
 
+def test_one_at_a_time_changes_what_serves(endpoints):
+    order: list[str] = []
+
+    def release() -> None:
+        with endpoints.releasing():
+            order.append("second")
+
+    with endpoints.releasing():
+        other = threading.Thread(target=release)
+        other.start()
+        other.join(0.3)
+        order.append("first")
+    other.join()
+    assert order == ["first", "second"]
+
+
 class TestLocal:
     """What only the local endpoint has."""
 

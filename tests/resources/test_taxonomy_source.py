@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import pytest
 
 from ml.demo.catalog import categories
 from ml.errors import InputError
+from ml.taxonomy_change import places
 from ml.taxonomy_change.releases import read_release
+from resources import taxonomy_source
 from resources.failures import InputFailure
 from resources.offer_feed import DemoOfferFeed
 from resources.taxonomy_source import DemoTaxonomySource, TaxonomySource
@@ -46,6 +49,16 @@ def test_no_secret_of_the_location_is_told(monkeypatch):
     with pytest.raises(InputFailure, match=r"CATALOG_TAXONOMY=http://\*\*\*@127") as failure:
         source.newest()
     assert "hidden" not in str(failure.value)
+
+
+def test_a_look_at_all_files_has_one_deadline(tmp_path, monkeypatch):
+    (tmp_path / "v1.csv").write_text(CSV)
+    (tmp_path / "v1.de.csv").write_text("category_id,name\n1,Haus\n")
+    monkeypatch.setattr(taxonomy_source, "_SECONDS_TO_LOOK", 0.3)
+    read_file = places._read_file
+    monkeypatch.setattr(places, "_read_file", lambda uri: (time.sleep(0.2), read_file(uri))[1])
+    with pytest.raises(InputFailure, match=r"v1\.de\.csv is too slow"):
+        TaxonomySource(location=str(tmp_path)).newest()
 
 
 class TestDemo:

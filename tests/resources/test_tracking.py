@@ -259,8 +259,101 @@ def test_a_decision_is_kept_with_who_when_and_why(tracking):
 
 def test_the_same_decision_again_is_no_new_one(tracking):
     version = passed(tracking, "5", "pending")
-    first = tracking.decide(version, "approved", "anna", "looks good")
+    rejected = tracking.decide(version, "rejected", "anna", "toys")
+    assert tracking.decide(version, "rejected", "anna", "toys") == rejected
+    tracking.promote(tracking.decide(version, "approved", "anna", "looks good"), promotion(version))
+    first = read_again(tracking, version)
     assert tracking.decide(version, "approved", "anna", "looks good") == first
+
+
+def test_approving_again_what_does_not_serve_counts_as_of_now(tracking):
+    five, six = passed(tracking, "5", "pending"), passed(tracking, "6")
+    first = tracking.decide(five, "approved", "anna", "looks good")
+    tracking.promote(first, promotion(first))
+    tracking.promote(six, promotion(six))
+    again = tracking.decide(five, "approved", "anna", "looks good")
+    assert first.decision is not None
+    assert again.decision is not None
+    assert again.decision.at > tracking.history()[-1].at > first.decision.at
+
+
+def test_a_decision_about_the_same_model_under_other_names_holds_until_there_is_a_newer_one(tracking):
+    def copy() -> RegisteredVersion:
+        carried = read_again(tracking, version).decision
+        return tracking.register(compiled("6"), {}, {"verdict": "failed"}, carried=carried)
+
+    version = tracking.register(compiled("5"), {}, {"verdict": "failed"})
+    assert copy().approval == "pending"
+    tracking.decide(version, "approved", "anna", "we need it", despite_gate=True)
+    assert copy().may_serve
+    assert copy().decision == read_again(tracking, version).decision
+    tracking.decide(copy(), "rejected", "ben", "toys")
+    assert copy().approval == "rejected"
+    tracking.decide(version, "approved", "anna", "it was the feed", despite_gate=True)
+    assert copy().may_serve
+    set_by_hand(tracking, copy(), "approval", "rejected")
+    assert copy().approval == "rejected"
+
+
+class TestBeforeThereWasAHistory:
+    """A registry of before: verdict, time and reason of the promotion, alias; no approval, no entries."""
+
+    @pytest.fixture
+    def old(self, tracking) -> list[RegisteredVersion]:
+        """Two versions that have served, the second in production."""
+        from mlflow import MlflowClient
+
+        client = MlflowClient(tracking_uri=tracking.tracking_uri)
+        for number, digit in (("1", "5"), ("2", "6")):
+            version = tracking.register(compiled(digit), {}, {"verdict": "passed", "evaluation": "e" * 64})
+            set_by_hand(tracking, version, "promoted_at", f"2026-11-0{number}T10:00:00+00:00")
+            set_by_hand(tracking, version, "promotion_reason", f"run {number}")
+        client.set_registered_model_alias("offer-categories", "production", "2")
+        return list(reversed(tracking.versions()))
+
+    def test_what_served_may_serve(self, old):
+        assert [(version.approval, version.may_serve) for version in old] == [("automatic", True)] * 2
+
+    def test_what_failed_or_never_served_may_not(self, tracking, old):
+        assert tracking.register(compiled("7"), {}, {"verdict": "passed"}).approval == "pending"
+        set_by_hand(tracking, old[1], "verdict", "failed")
+        assert not read_again(tracking, old[1]).may_serve
+
+    def test_the_missing_approval_is_filled_in_for_the_one_in_production(self, tracking, old):
+        assert passed(tracking, "6", "pending").tags["approval"] == "automatic"
+
+    def test_promotions_are_told_by_the_old_tags(self, tracking, old):
+        first, second = tracking.history()
+        assert (first.at, first.reason, first.by) == ("2026-11-01T10:00:00.000000Z", "run 1", "automatic")
+        assert (second.registry_version, second.kind, second.evaluation) == ("2", "promotion", "e" * 64)
+
+    def test_promoting_what_is_in_production_adds_nothing(self, tracking, old):
+        before = tracking.history()
+        tracking.promote(old[1], promotion(old[1]))
+        assert tracking.history() == before
+
+    def test_the_next_promotion_writes_down_the_one_before(self, tracking, old):
+        third = passed(tracking, "7")
+        entry = promotion(third)
+        before = tracking.history()
+        tracking.promote(third, entry)
+        assert tracking.history() == [*before, entry]
+        replaced = read_again(tracking, old[1])
+        assert replaced.tags["approval"] == "automatic"
+        assert "promotion.2026-11-02T10:00:00.000000Z" in replaced.tags
+
+    def test_what_a_hand_put_into_production_is_not_forgotten(self, tracking):
+        from mlflow import MlflowClient
+
+        first, second = (tracking.register(compiled(digit), {}, {"verdict": "passed"}) for digit in "56")
+        client = MlflowClient(tracking_uri=tracking.tracking_uri)
+        client.set_registered_model_alias("offer-categories", "production", "1")
+        tracking.promote(second, promotion(second))
+        assert [(entry.registry_version, entry.by) for entry in tracking.history()] == [
+            ("1", "mlflow"),
+            ("2", "automatic"),
+        ]
+        assert read_again(tracking, first).may_serve
 
 
 def test_what_a_person_decided_stays_when_the_version_is_registered_again(tracking):

@@ -9,9 +9,10 @@ import dagster as dg
 import pytest
 from dagster._core.storage.tags import RUN_KEY_TAG
 
+from ml.stages import STAGES
 from sensors.decided_versions import decided_versions
 from tests.registry import registry_in
-from tests.release_world import BAD, World, free_port
+from tests.release_world import BAD, RENAMED_1, RENAMED_STUDENT, World, free_port
 
 Tick = Callable[..., dg.SensorResult]
 
@@ -151,6 +152,31 @@ def test_a_promotion_overtakes_an_older_approval(world, tick):
     second = world.release("second")
     assert "is in production" in reason(tick())
     assert world.serving == second.version
+
+
+def test_new_names_of_what_serves_overtake_nothing(world, tick, monkeypatch):
+    monkeypatch.setitem(STAGES, "renamed_student", RENAMED_STUDENT)
+    world.release("first")
+    second = world.release("second", approval="required")
+    assert world.rename(RENAMED_1).success
+    assert reason(tick()).startswith(f"version 2 (model {second.version}) waits for a decision")
+    world.decide(second, "approved")
+    assert world.rename(RENAMED_1.replace("figures", "puppets")).success
+    assert len(keys(tick())) == 1
+    manifest = world.compute.manifest(world.tracking.production().ref)
+    assert manifest.inputs["compiled_student"] == second.digest
+    assert "is in production" in reason(tick())
+
+
+def test_approving_again_what_was_overtaken_serves_it(world, tick):
+    first = world.release("first", approval="required")
+    world.decide(first, "approved")
+    tick()
+    second = world.release("second")
+    assert world.serving == second.version
+    world.decide(first, "approved")
+    assert len(keys(tick())) == 1
+    assert world.serving == first.version
 
 
 def test_what_was_rolled_back_from_does_not_come_back(world, tick):

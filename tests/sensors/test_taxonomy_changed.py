@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,11 +33,15 @@ from ml.errors import InputError
 from ml.stages import TaxonomyParameters
 from ml.taxonomy import Taxonomy
 from ml.taxonomy_change.diff import TaxonomyDiff
-from ml.taxonomy_change.releases import read_release
-from ml.taxonomy_change.transitions import Transitions
+from ml.taxonomy_change.releases import read_mapping, read_release
+from ml.taxonomy_change.transitions import Transition, Transitions
+from offer_assets.instance import FEED_TAG, process_tag
+from offer_assets.jobs import weekly_training
+from offer_assets.taxonomy import says_the_same, taxonomy_before
 from resources.alerts import OutboxAlerts
 from resources.artifact_store import FolderArtifactStore
 from resources.compute import LocalCompute
+from resources.processes import started_at
 from resources.taxonomy_policy import TaxonomyPolicy
 from resources.taxonomy_source import FoundRelease, TaxonomySource
 from resources.tracking import RegisteredVersion
@@ -135,6 +141,9 @@ class World:
         (self.folder / f"{name}.csv").write_text(content)
         return name
 
+    def add_mapping(self, name: str, *rows: str) -> None:
+        (self.folder / f"{name}.mapping.csv").write_text("\n".join(("from_id,to_id", *rows, "")))
+
     def found(self) -> FoundRelease:
         return self.source.newest()
 
@@ -229,20 +238,24 @@ class World:
             {},
             TaxonomyParameters(source=found.source, files=found.files, fingerprint=found.fingerprint),
         ).ref
-        self.store.write_pointer("catalog_taxonomy", taxonomy)
-        if before is not None and before[1].digest == taxonomy.digest:
+        folder = self.compute.folder(taxonomy)
+        tree, mapping = Taxonomy.load(folder), read_mapping(folder)
+        if before is not None and says_the_same(tree, mapping, self.compute.folder(before[1])):
+            self.store.write_pointer("catalog_taxonomy", before[1])
             return
+        self.store.write_pointer("catalog_taxonomy", taxonomy)
         inputs = {"catalog_taxonomy": taxonomy.digest}
         history, metrics = [], {"only_names": False}
         if before is not None:
-            change, old = before
-            inputs |= {"previous_change": change.digest, "previous_taxonomy": old.digest}
-            history = Transitions.read(self.compute.folder(change)).history
-            diff = TaxonomyDiff.between(
-                Taxonomy.load(self.compute.folder(old)), Taxonomy.load(self.compute.folder(taxonomy))
-            )
-            metrics = {"only_names": diff.only_names}
-        change = self.artifact("taxonomy_change", inputs, metrics, [*history, taxonomy.digest])
+            inputs["previous_change"] = before[0].digest
+            history = Transitions.read(self.compute.folder(before[0])).history
+        known = taxonomy_before(self.store, self.compute)
+        if known is not None and known.digest != taxonomy.digest:
+            inputs["previous_taxonomy"] = known.digest
+            diff = TaxonomyDiff.between(Taxonomy.load(self.compute.folder(known)), tree)
+            metrics = {"only_names": diff.only_names and not mapping}
+        transitions = [official(former, taxonomy.digest) for former, _ in mapping]
+        change = self.artifact("taxonomy_change", inputs, metrics, [*history, taxonomy.digest], transitions)
         self.store.write_pointer("taxonomy_change", change)
 
     def in_force(self) -> tuple[ArtifactRef, ArtifactRef] | None:
@@ -279,12 +292,18 @@ class World:
         return self.compute.manifest(endpoint).inputs["catalog_taxonomy"] == in_force[1].digest
 
     def artifact(
-        self, kind: str, inputs: dict[str, str], metrics: dict[str, Any], history: list[str]
+        self,
+        kind: str,
+        inputs: dict[str, str],
+        metrics: dict[str, Any],
+        history: list[str],
+        transitions: list[Transition] | None = None,
     ) -> ArtifactRef:
         key = f"{next(self.number):032}"
         folder = self.store.destination(kind, key)
         folder.mkdir(parents=True)
-        Transitions(history=[*history, *([] if history else [key])], transitions=[]).write(folder)
+        history = history or [key]
+        Transitions(history=history, transitions=transitions or []).write(folder)
         write_manifest(
             folder,
             kind=kind,
@@ -297,6 +316,21 @@ class World:
             seconds=0.0,
         )
         return reference(folder)
+
+
+def official(former: str, since: str) -> Transition:
+    return Transition(
+        from_id=former,
+        from_name="",
+        from_path="",
+        kind="removed",
+        to=[],
+        origin="official",
+        confidence=1.0,
+        certain=False,
+        since=since,
+        reason="",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -353,7 +387,7 @@ def test_the_first_release_is_taken_and_nothing_is_trained(world: World) -> None
     world.now += SETTLE
     asked = request(world.tick())
     assert (asked.job_name, asked.partition_key) == ("adopt_taxonomy", None)
-    assert asked.run_key == f"taxonomy:none:{world.found().fingerprint[:16]}:adopt_taxonomy:1"
+    assert asked.run_key == f"taxonomy:f:none:{world.found().fingerprint[:16]}:adopt_taxonomy:1"
     assert asked.tags["offer_assets/taxonomy_release"] == name
     assert "is being followed by run" in reason(world.tick())
     world.succeed()
@@ -408,6 +442,64 @@ def test_a_model_approved_for_an_older_taxonomy_makes_the_newest_be_followed(wor
     world.store.write_pointer("offer_endpoint", older)
     world.promote(older)
     assert request(world.tick()).job_name == "follow_taxonomy"
+
+
+@pytest.mark.parametrize(
+    ("content", "next_job"),
+    [(HOME, None), (HOME_REWRITTEN, None), (HOME_RENAMED, "refresh_names"), (WITH_SOFAS, "follow_taxonomy")],
+)
+def test_a_home_from_before_there_were_changes_takes_the_release_first(
+    serving: World, content: str, next_job: str | None
+) -> None:
+    """Its model may know the tree already: then nothing is trained."""
+    (serving.home / "pointers" / "f" / "taxonomy_change.json").unlink()
+    serving.instance.wipe()
+    serving.cursor = None
+    serving.publish(content)
+    assert request(serving.settle()).job_name == "adopt_taxonomy"
+    serving.succeed()
+    result = serving.tick()
+    if next_job is None:
+        assert "is in force" in reason(result)
+    else:
+        assert request(result).job_name == next_job
+
+
+def test_a_home_from_before_there_were_changes_refuses_what_its_model_speaks_against(serving: World) -> None:
+    (serving.home / "pointers" / "f" / "taxonomy_change.json").unlink()
+    serving.publish(ALMOST_EMPTY)
+    assert "is refused" in reason(serving.settle())
+
+
+def test_a_mapping_that_comes_late_is_followed(serving: World) -> None:
+    name = serving.publish(WITH_SOFAS)
+    serving.settle()
+    serving.succeed()
+    serving.tick()
+    serving.add_mapping(name, "2,2", "2,5")
+    assert request(serving.settle()).job_name == "follow_taxonomy"
+    serving.take()
+    serving.end(dg.DagsterRunStatus.FAILURE)
+    assert request(serving.tick()).job_name == "follow_taxonomy"
+    serving.succeed()
+    assert "is in force" in reason(serving.tick())
+    serving.add_mapping(name, "2,5")
+    assert "is in force" in reason(serving.settle())
+
+
+def test_the_same_release_in_another_file_does_not_stop_what_is_still_to_do(serving: World) -> None:
+    """The next run carries the fingerprint of the taxonomy in force, by which the asset takes it."""
+    serving.publish(WITH_SOFAS)
+    first = request(serving.settle())
+    serving.take()
+    serving.publish(WITH_SOFAS.replace("4,1,Lamps\n5,1,Sofas", "5,1,Sofas\n4,1,Lamps"))
+    assert "is being followed" in reason(serving.settle())
+    serving.end(dg.DagsterRunStatus.FAILURE)
+    again = request(serving.tick())
+    assert again.tags[FINGERPRINT_TAG] == first.tags[FINGERPRINT_TAG]
+    assert again.tags[ATTEMPT_TAG] == "2"
+    serving.succeed()
+    assert "is in force" in reason(serving.tick())
 
 
 def test_the_same_categories_in_another_file_start_nothing(serving: World) -> None:
@@ -527,6 +619,69 @@ def test_training_started_by_others_is_waited_for(serving: World, job: str) -> N
     assert request(serving.tick())
 
 
+@pytest.mark.parametrize("status", [dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING])
+def test_a_run_whose_process_was_killed_is_not_waited_for(
+    serving: World, status: dg.DagsterRunStatus
+) -> None:
+    serving.publish(WITH_SOFAS)
+    serving.settle()
+    (killed,) = serving.open_runs()
+    with subprocess.Popen(["sleep", "60"]) as worker:
+        tag, of_run = process_tag(killed.run_id)
+        process = {tag: f"{worker.pid} {started_at(worker.pid)}", of_run: killed.run_id}
+        serving.instance.add_run_tags(killed.run_id, process)
+        serving.set_status(killed.run_id, status)
+        assert "is being followed" in reason(serving.tick())
+        worker.kill()
+    repeated = dg.DagsterRun(
+        job_name="process_day", parent_run_id=killed.run_id, root_run_id=killed.run_id, tags=process
+    )
+    serving.instance.add_run(repeated.with_status(dg.DagsterRunStatus.STARTED))
+    assert request(serving.tick()).tags[ATTEMPT_TAG] == "2"
+    assert serving.run(killed.run_id).status == dg.DagsterRunStatus.FAILURE
+    assert serving.run(repeated.run_id).status == dg.DagsterRunStatus.STARTED, "its tags are copied ones"
+
+
+@pytest.mark.parametrize("job", ["train_and_release", "follow_taxonomy"])
+def test_runs_of_another_feed_in_the_same_home_are_left_alone(serving: World, job: str) -> None:
+    other = serving.add_run(
+        job, {FEED_TAG: "g", FINGERPRINT_TAG: "of its own release"}, dg.DagsterRunStatus.STARTED
+    )
+    serving.publish(WITH_SOFAS)
+    asked = request(serving.settle())
+    assert asked.tags[FEED_TAG] == "f"
+    assert serving.run(other).status == dg.DagsterRunStatus.STARTED
+
+
+@pytest.mark.parametrize(
+    ("job", "tags", "skipped"),
+    [
+        ("follow_taxonomy", {FEED_TAG: "f"}, True),
+        ("refresh_names", {}, True),
+        ("adopt_taxonomy", {}, True),
+        ("train_and_release", {}, True),
+        ("process_day", {}, False),
+        ("follow_taxonomy", {FEED_TAG: "g"}, False),
+    ],
+)
+def test_the_weekly_training_is_left_out_while_a_release_is_followed(
+    world: World, monkeypatch: pytest.MonkeyPatch, job: str, tags: dict[str, str], skipped: bool
+) -> None:
+    monkeypatch.setattr(dg.ScheduleEvaluationContext, "instance", world.instance)
+    world.add_run(job, tags, dg.DagsterRunStatus.CANCELING)
+
+    def told() -> Any:
+        with dg.build_schedule_context(
+            scheduled_execution_time=datetime.datetime(2026, 11, 22, 3, tzinfo=datetime.UTC),
+            resources={"artifact_store": world.store},
+        ) as context:
+            return weekly_training(context)
+
+    assert isinstance(told(), dg.SkipReason if skipped else dg.RunRequest)
+    world.end()
+    assert told().tags[FEED_TAG] == "f"
+
+
 def test_days_that_are_taken_meanwhile_are_no_obstacle(serving: World) -> None:
     serving.add_run("process_day", {}, dg.DagsterRunStatus.STARTED)
     serving.publish(WITH_SOFAS)
@@ -543,10 +698,13 @@ def test_a_broken_release_starts_nothing_and_is_told_once(serving: World) -> Non
         assert f"release {name} of the taxonomy is refused" in line
         assert "form a cycle" in line
     (alert,) = serving.alerts.alerts()
-    assert alert.id == f"taxonomy-refused:{serving.found().fingerprint[:12]}"
+    in_force = serving.in_force()
+    assert in_force is not None
+    assert alert.id == f"taxonomy-refused:{serving.found().fingerprint[:12]}:{in_force[0].version}"
     assert "form a cycle" in alert.text
-    told = [o for o in serving.observations if "refused" in o.metadata]
-    assert len(told) == 1
+    assert "accept_objections: true" in alert.text
+    (told,) = [o for o in serving.observations if "alert" in o.metadata]
+    assert told.metadata["alert"].value == alert.id
     assert not serving.open_runs()
 
 
@@ -555,6 +713,47 @@ def test_a_release_beyond_the_limit_is_refused_until_the_limit_is_another(servin
     assert "is refused" in reason(serving.settle())
     serving.policy = TaxonomyPolicy(settle_seconds=SETTLE, max_removed_share=1.0)
     assert request(serving.tick()).job_name == "follow_taxonomy"
+
+
+def test_a_broken_file_that_comes_again_months_later_is_told_again(serving: World) -> None:
+    for content in (CYCLE, WITH_SOFAS, CYCLE):
+        serving.publish(content)
+        serving.settle()
+        if serving.open_runs():
+            serving.succeed()
+    assert alert_ids(serving) == ["taxonomy-refused"] * 2
+
+
+@pytest.mark.parametrize("content", [CYCLE, ALMOST_EMPTY])
+def test_a_refused_release_is_read_once_an_hour(
+    serving: World, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    reads = []
+
+    def counted(files: Any, source: str, in_force: Path | None = None) -> Any:
+        reads.append(source)
+        return read_release(files, source, in_force)
+
+    monkeypatch.setattr(sensor_module, "read_release", counted)
+    serving.publish(content)
+    serving.settle()
+    first = len(reads)
+    for _ in range(3):
+        assert "is refused" in reason(serving.tick())
+    assert len(reads) == first
+    serving.now += 3600
+    assert "is refused" in reason(serving.tick())
+    assert len(reads) > first
+
+
+def test_a_refused_release_that_a_person_takes_is_followed(serving: World) -> None:
+    serving.publish(ALMOST_EMPTY)
+    assert "is refused" in reason(serving.settle())
+    serving.add_run("adopt_taxonomy", {}, dg.DagsterRunStatus.STARTED)
+    serving.succeed()
+    assert request(serving.tick()).job_name == "follow_taxonomy"
+    serving.succeed()
+    assert "is in force" in reason(serving.tick())
 
 
 def test_a_good_release_after_a_broken_one_is_followed(serving: World) -> None:
@@ -596,7 +795,7 @@ def test_a_file_that_is_gone_at_the_second_look_is_an_outage(
     serving.tick()
     serving.now += SETTLE
 
-    def fails_once(files: Any, source: str) -> Any:
+    def fails_once(files: Any, source: str, in_force: Path | None = None) -> Any:
         monkeypatch.setattr(sensor_module, "read_release", read_release)
         raise InputError("connection reset")
 
@@ -680,6 +879,21 @@ def test_a_version_that_was_refused_is_not_trained_again(
             f"model version {model.version}, trained for release {name}, {why} and is not served"
         )
     assert alert_ids(serving) == ["taxonomy-gate"]
+
+
+def test_a_version_that_waits_for_approval_is_told_once(serving: World) -> None:
+    name = serving.publish(WITH_SOFAS)
+    serving.settle()
+    serving.take()
+    model = serving.serve(production=False)
+    serving.tell_registry("version", model, verdict="passed", approval="pending")
+    serving.end()
+    for _ in range(2):
+        assert "waits for approval" in reason(serving.tick())
+    (alert,) = serving.alerts.alerts()
+    assert alert.severity == "WARN"
+    assert alert.title == f"The model for release {name} of the taxonomy waits for a decision"
+    assert "python -m offer_assets approve 1" in alert.text
 
 
 def test_a_run_that_failed_after_it_registered_a_version_is_tried_again(serving: World) -> None:
@@ -775,7 +989,7 @@ class WhateverHappens(RuleBasedStateMachine):
         self.broken: set[str] = set()
         self.world.publish(HOME)
 
-    @rule(content=st.sampled_from([HOME, HOME_RENAMED, WITH_SOFAS, WITH_BEDS, CYCLE]))
+    @rule(content=st.sampled_from([HOME, HOME_REWRITTEN, HOME_RENAMED, WITH_SOFAS, CYCLE]))
     def publish(self, content: str) -> None:
         self.world.publish(content)
         if content == CYCLE:
@@ -858,11 +1072,19 @@ class WhateverHappens(RuleBasedStateMachine):
 
     def take_for(self, run: dg.DagsterRun) -> bool:
         """A run takes the release that it was started for, if that is still the newest."""
-        found = self.world.found()
-        if found.fingerprint != run.tags[FINGERPRINT_TAG]:
+        found, in_force = self.world.found(), self.world.in_force()
+        accepted = {found.fingerprint}
+        if in_force is not None and found.fingerprint not in self.broken:
+            folder = self.world.compute.folder(in_force[1])
+            if says_the_same(*read_release(found.files, found.source), folder):
+                accepted.add(self.fingerprint_of(in_force[1]))
+        if run.tags[FINGERPRINT_TAG] not in accepted:
             return False
         self.world.take(found)
         return True
+
+    def fingerprint_of(self, taxonomy: ArtifactRef) -> str:
+        return str(self.world.compute.manifest(taxonomy).parameters["fingerprint"])
 
     @invariant()
     def at_most_one_run_is_open(self) -> None:
@@ -910,7 +1132,8 @@ class WhateverHappens(RuleBasedStateMachine):
             assert TaxonomyDiff.between(taken, read_release(newest.files, newest.source)[0]).is_empty
             done = [run for run in world.runs() if run.status == dg.DagsterRunStatus.SUCCESS]
             trained = any(
-                run.tags[FINGERPRINT_TAG] == newest.fingerprint and run.job_name != "adopt_taxonomy"
+                run.tags[FINGERPRINT_TAG] == self.fingerprint_of(in_force[1])
+                and run.job_name != "adopt_taxonomy"
                 for run in done
             )
             assert world.serves_in_force() or trained
@@ -946,6 +1169,7 @@ known_runs = st.builds(
 situations = st.builds(
     Situation,
     jobs=st.just(Jobs(adopt="adopt", refresh="refresh", follow="follow")),
+    feed=st.just("f"),
     release=st.just("r"),
     fingerprint=st.just("new"),
     in_force=st.sampled_from([None, "old", "new"]),
