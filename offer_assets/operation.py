@@ -46,7 +46,8 @@ def operation_assets(days: dg.DailyPartitionsDefinition) -> list[dg.AssetsDefini
         status = endpoints.status()
         if status is None:
             context.log.info("the endpoint does not answer (a restart of the machine?): bringing it up again")
-            status = endpoints.deploy(compute.folder(offer_endpoint), offer_endpoint)
+            with endpoints.releasing():
+                status = endpoints.deploy(compute.folder(offer_endpoint), offer_endpoint)
         result = compute.run(
             context,
             "catalogued_offers",

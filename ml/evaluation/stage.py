@@ -20,7 +20,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ml.artifacts import short_version
 from ml.errors import InputError
 from ml.evaluation import plots
 from ml.evaluation.comparison import Comparison, Group
@@ -413,7 +412,7 @@ def _transitions_since(production: Path, taxonomy_change: Path) -> dict[str, Tra
     transitions = Transitions.read(taxonomy_change)
     version = msgspec.json.decode((production / "model.json").read_bytes())["taxonomy_version"]
     # A model knows the short form of the digest; an unknown one counts as older than all.
-    digest = next((d for d in transitions.history if short_version(d) == version), version)
+    digest = transitions.digest_of(version)
     return transitions.for_labels_of(digest)
 
 

@@ -149,8 +149,7 @@ def warm_start(
     earlier = Classifier.load(folder)
     _check_fits(folder, kind, earlier, parameters, instruction)
     known = Transitions.read(change)
-    # The model names the version by the first digits of the digest that the history holds in full.
-    version = next((d for d in known.history if d.startswith(earlier.taxonomy_version)), "")
+    version = known.digest_of(earlier.taxonomy_version)
     started = WarmStart.of(earlier, labels, known.for_labels_of(version))
     counts = started.counts
     context.progress.say(

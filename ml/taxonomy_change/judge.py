@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ml.artifacts import short_version
 from ml.learning.calibration import log_softmax, softmax
 from ml.learning.encoder import Classifier, ClassifierSettings, best_device, use_available_cores
 from ml.offers import TEXT_VERSION
@@ -331,7 +330,7 @@ def _moves_since(taxonomy_version: str, transitions: Transitions) -> dict[str, s
     means less, or something else, than the row learned, even if its id is still a category.
     """
     # A model knows the short form of the digest; an unknown one counts as older than all.
-    learned = next((d for d in transitions.history if short_version(d) == taxonomy_version), "")
+    learned = transitions.digest_of(taxonomy_version)
     since = transitions.for_labels_of(learned)
     certain = certain_moves(since.values())
     return {former: certain.get(former, "") for former in since}

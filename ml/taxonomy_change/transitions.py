@@ -13,6 +13,7 @@ from typing import Literal
 
 import msgspec
 
+from ml.artifacts import short_version
 from ml.errors import InputError
 
 TRANSITIONS_FILE = "transitions.json"
@@ -84,6 +85,10 @@ class Transitions(msgspec.Struct, frozen=True, kw_only=True):
         """Write ``transitions.json`` into ``folder``."""
         encoded = msgspec.json.format(msgspec.json.encode(self), indent=2)
         (folder / TRANSITIONS_FILE).write_bytes(encoded)
+
+    def digest_of(self, taxonomy_version: str) -> str:
+        """Digest of the version that models name by its short form; empty if it is not in the history."""
+        return next((d for d in self.history if short_version(d) == taxonomy_version), "")
 
     def for_labels_of(self, taxonomy_digest: str) -> dict[str, Transition]:
         """Transitions, by id, that labels need which were given under the version ``taxonomy_digest``.
