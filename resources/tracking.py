@@ -70,7 +70,7 @@ class Promotion(msgspec.Struct, frozen=True, kw_only=True):
     at: str
     """ISO time (UTC)."""
     by: str
-    """A person, or ``automatic``."""
+    """A person, or the job that promoted it by itself."""
     reason: str
     run_id: str
     kind: Literal["promotion", "rollback", "rename"]

@@ -80,14 +80,14 @@ def compile_spec(root: Path, output: Path, **parameters: object) -> StageSpec:
     )
 
 
-def seal(folder: Path, kind: str) -> Path:
-    """Make an artifact of a folder."""
+def seal(folder: Path, kind: str, inputs: dict[str, str] | None = None) -> Path:
+    """Make an artifact of a folder, made of ``inputs`` (digests by name)."""
     (folder / MANIFEST).unlink(missing_ok=True)
     write_manifest(
         folder,
         kind=kind,
         key="0" * 32,
-        inputs={},
+        inputs=inputs or {},
         code_version="1",
         code_revision=None,
         parameters={},

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ml.artifacts import artifact_key, read_manifest, write_manifest
+from ml.artifacts import read_manifest
 from ml.errors import InputError
 from ml.offers import CLEAN_SCHEMA
 from ml.progress import Progress
@@ -25,6 +25,7 @@ from ml.taxonomy_change.labels import (
     write_migrated_labels,
 )
 from ml.taxonomy_change.transitions import Successor, Transition, Transitions
+from tests.ml.compiled_models import seal
 from tests.ml.tiny_models import tiny_encoder
 
 OLD, NEW = "a" * 64, "b" * 64
@@ -35,21 +36,6 @@ FORMER = ["moved", "guessed", "gone", "divided", "unsure"]
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
     return str(tiny_encoder(tmp_path_factory.mktemp("encoder")))
-
-
-def seal(folder, kind, inputs=None):
-    write_manifest(
-        folder,
-        kind=kind,
-        key=artifact_key(kind, "1", {}, {}),
-        inputs=inputs or {},
-        code_version="1",
-        code_revision=None,
-        parameters={},
-        metrics={},
-        seconds=0.0,
-    )
-    return folder
 
 
 def transition(former, to, since, *, origin="official", certain=False, confidence=1.0):

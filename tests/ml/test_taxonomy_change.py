@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ml.artifacts import artifact_key, read_manifest, short_version, write_manifest
+from ml.artifacts import read_manifest, short_version
 from ml.errors import InputError
 from ml.offers import CLEAN_SCHEMA
 from ml.progress import Progress
@@ -23,6 +23,7 @@ from ml.taxonomy_change.change import (
     write_taxonomy_change,
 )
 from ml.taxonomy_change.transitions import Transitions
+from tests.ml.compiled_models import seal
 from tests.ml.tiny_models import TINY_TEACHER, make, tiny_encoder, tiny_inputs
 
 FIRST = {
@@ -33,21 +34,6 @@ FIRST = {
     "novels": "books",
     "atlases": "books",
 }
-
-
-def seal(folder, kind, inputs=None):
-    write_manifest(
-        folder,
-        kind=kind,
-        key=artifact_key(kind, "1", {}, {}),
-        inputs=inputs or {},
-        code_version="1",
-        code_revision=None,
-        parameters={},
-        metrics={},
-        seconds=0.0,
-    )
-    return folder
 
 
 class Room:

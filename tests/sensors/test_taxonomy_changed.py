@@ -151,8 +151,8 @@ class World:
 
     def tick(self, *, keep_cursor: bool = True, launch: bool = True) -> dg.SensorResult:
         """One tick as the daemon does it: one run per key, the cursor kept after the launch."""
-        sensor_module.time = SimpleNamespace(time=lambda: self.now)  # type: ignore[assignment]
-        self.instance._run_coordinator = self.coordinator  # type: ignore[assignment]
+        sensor_module.time = SimpleNamespace(time=lambda: self.now)
+        self.instance._run_coordinator = self.coordinator
         resources = {
             "taxonomy_source": self.source,
             "taxonomy_policy": self.policy,
@@ -233,7 +233,7 @@ class World:
         found = found or self.found()
         before = self.in_force()
         taxonomy = self.compute.run(
-            SimpleNamespace(log=SimpleNamespace(info=lambda line: None)),  # type: ignore[arg-type]
+            SimpleNamespace(log=SimpleNamespace(info=lambda line: None)),
             "catalog_taxonomy",
             {},
             TaxonomyParameters(source=found.source, files=found.files, fingerprint=found.fingerprint),
