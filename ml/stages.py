@@ -157,9 +157,6 @@ class TrainingSampleParameters(Parameters, frozen=True, kw_only=True):
     cap_per_product: Annotated[Count, Meta(description="At most this many labelled offers of a product.")] = 6
     labelled: Annotated[Count, Meta(description="At most this many labelled offers in all.")] = 12_000
     unlabelled: Annotated[int, Meta(ge=0, description="At most this many unlabelled offers.")] = 4_000
-    reference: Annotated[
-        Count, Meta(description="Offers of the uniform sample that drift is measured against.")
-    ] = 5_000
     validation_share: Annotated[
         Share, Meta(description="Share of the training products kept for validation.")
     ] = 0.1
@@ -283,16 +280,56 @@ class CataloguedOffersParameters(Parameters, frozen=True, kw_only=True):
     in_flight: Annotated[Count, Meta(description="Requests under way at once.", extra=OPERATIONAL)] = 4
 
 
+class DriftReferenceParameters(Parameters, frozen=True, kw_only=True):
+    """Parameters of ``drift_reference``."""
+
+    days: Annotated[Count, Meta(description="Newest days of the training data that are the reference.")] = 28
+    offers_per_day: Annotated[
+        Count, Meta(description="Offers of each day that are looked at one by one (uniform sample).")
+    ] = 2_000
+    max_offers: Annotated[
+        Count, Meta(description="The same of all days together; with more days each gives fewer.")
+    ] = 30_000
+    escalate_below: Annotated[
+        Share, Meta(description="An offer of which the fast model is less sure goes to the student.")
+    ] = 0.8
+    review_below: Annotated[
+        Share, Meta(description="An offer of which the student is less sure goes to a person.")
+    ] = 0.5
+    seed: Seed = 17
+
+
 class DriftParameters(Parameters, frozen=True, kw_only=True):
     """Parameters of ``drift_report``."""
 
-    day: Annotated[str, Meta(description="ISO date that is held against the reference.")]
-    column_threshold: Annotated[
-        float, Meta(gt=0, description="Distance from which a column counts as drifted.")
-    ] = 0.2
+    day: Annotated[
+        str, Meta(pattern=r"^\d{4}-\d{2}-\d{2}$", description="ISO date that is held against the reference.")
+    ]
+    complete: Annotated[
+        bool, Meta(description="Whether the day is over; of one that is not, volume is not judged.")
+    ] = True
     max_offers: Annotated[
-        Count, Meta(description="Offers of the day that are looked at (uniform sample).")
-    ] = 20_000
+        Count, Meta(description="Offers of the day that are looked at one by one (uniform sample).")
+    ] = 4_000
+    seed: Seed = 17
+
+
+class CorrectionsParameters(Parameters, frozen=True, kw_only=True):
+    """Parameters of ``corrections``."""
+
+    files: Annotated[list[FeedFile], Meta(description="Files of the corrections feed; may be none.")]
+
+
+class LiveQualityParameters(Parameters, frozen=True, kw_only=True):
+    """Parameters of ``live_quality``."""
+
+    newest_day: Annotated[
+        str, Meta(pattern=r"^\d{4}-\d{2}-\d{2}$", description="ISO date up to which quality is looked at.")
+    ]
+    days: Annotated[Count, Meta(description="Days before it that are looked at.")] = 56
+    recent_days: Annotated[
+        Count, Meta(description="The newest of them, which are held against the others.")
+    ] = 7
     seed: Seed = 17
 
 
@@ -382,7 +419,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="training_sample",
-        version="3",
+        version="4",
         summary="Draw the capped training sample, apart from everything in the evaluation set.",
         entry_point="ml.sampling.stages:write_training_sample",
         parameters=TrainingSampleParameters,
@@ -470,12 +507,42 @@ _CATALOGUE = (
         heavy=True,
     ),
     Stage(
-        name="drift_report",
+        name="drift_reference",
         version="1",
-        summary="Hold a day of catalogued offers against the reference of the training sample.",
+        summary="Measure what is usual on the days that the serving model was trained on.",
+        entry_point="ml.drift.reference:write_drift_reference",
+        parameters=DriftReferenceParameters,
+        inputs=("training_sample", "compiled_student"),
+        optional_inputs=("fast_checkpoint",),
+        partitioned_inputs=("offers",),
+        heavy=True,
+    ),
+    Stage(
+        name="drift_report",
+        version="2",
+        summary="Hold a day of catalogued offers against the reference, question by question.",
         entry_point="ml.drift.report:write_drift_report",
         parameters=DriftParameters,
-        inputs=("catalogued_offers", "offers", "training_sample", "compiled_student"),
+        inputs=("catalogued_offers", "offers", "drift_reference", "catalog_taxonomy"),
+        optional_inputs=("fast_checkpoint",),
+        optional_partitioned_inputs=("earlier",),
+        heavy=True,
+    ),
+    Stage(
+        name="corrections",
+        version="1",
+        summary="Read what people decided about offers later; what is wrong goes to quarantine.",
+        entry_point="ml.quality.corrections:write_corrections",
+        parameters=CorrectionsParameters,
+    ),
+    Stage(
+        name="live_quality",
+        version="1",
+        summary="Measure the categories that were given against what people decided later.",
+        entry_point="ml.quality.live:write_live_quality",
+        parameters=LiveQualityParameters,
+        inputs=("corrections", "catalog_taxonomy", "taxonomy_change"),
+        optional_partitioned_inputs=("offers", "catalogued_offers"),
         heavy=True,
     ),
 )

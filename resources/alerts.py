@@ -1,111 +1,134 @@
-"""The door to people: what somebody should look at, told once.
+"""The door to people: what goes wrong, told once, and told again when it is over.
 
-An alert is raised under an id. Raising it again under the same id does nothing, so that a tick or a
-step that is repeated after a crash tells nobody twice.
+What is found is *news* about an *incident*. News has an id, so that a tick or a step that is repeated
+after a crash tells nobody twice; an incident stays open, however often it is found again, until
+it is resolved. How messages reach people is not decided here but by the routes.
 """
 
 from __future__ import annotations
 
-import datetime
 from abc import ABC, abstractmethod
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Literal
-from urllib.parse import quote
 
 import dagster as dg
 import msgspec
-from typing_extensions import override
 
-from ml.errors import InputError
-from resources.atomic_files import create_once
-from resources.redaction import without_secrets
+Severity = Literal["WARN", "ERROR", "CRITICAL"]
+"""CRITICAL: an error that the system cannot mend by itself, and tried to."""
 
-Severity = Literal["WARN", "ERROR"]
-
-_LONGEST_NAME = 200
-"""Characters of an id that make a file name; file systems take 255 bytes, and a suffix is needed."""
+SEVERITIES: tuple[Severity, ...] = ("WARN", "ERROR", "CRITICAL")
+"""From the mildest to the worst."""
 
 
-class Alert(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that somebody should look at."""
+class News(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that was found out about an incident."""
 
     id: str
-    """Of what is told: equal for equal news, at most 200 characters when quoted for a URL."""
-    severity: Severity
-    title: str
-    """One line."""
-    text: str
+    """Of this finding: equal for equal news, e.g. ``check-evaluation:1234``. Told twice it counts once."""
+    incident: str
+    """What it is about, e.g. ``check:drift_report:volume_is_usual`` or ``run:process_day:2026-11-04``."""
+    state: Literal["failing", "resolved", "notice"]
+    """``notice``: told once, neither reminded of nor resolved."""
+    severity: Severity = "ERROR"
+    title: str = ""
+    """One line. Of a resolved incident empty: its own title stands."""
+    text: str = ""
     """What happened, what it means and what to do next."""
     asset: str | None = None
     """Key of the asset that it is about."""
     link: str | None = None
     """Path of the page in the UI that shows more, e.g. ``/runs/<id>``."""
-    raised_at: str = ""
-    """ISO time in UTC; filled in when the alert is raised."""
+    group: str | None = None
+    """Of the asset; routes choose by it."""
+    owners: tuple[str, ...] = ()
+    """Of the asset; routes choose by them."""
+    at: str = ""
+    """ISO time (UTC) at which it happened; filled in with now."""
+
+
+class Incident(msgspec.Struct, frozen=True, kw_only=True):
+    """What people know as one thing that is wrong, from when it opened until it was resolved."""
+
+    key: str
+    number: int
+    """1 for the first time that it opened, 2 for the second."""
+    state: Literal["open", "resolved", "notice"]
+    severity: Severity
+    """The worst so far: it only rises while the incident is open."""
+    title: str
+    text: str
+    """Of the newest news."""
+    asset: str | None
+    link: str | None
+    group: str | None
+    owners: tuple[str, ...]
+    opened_at: str
+    last_at: str
+    resolved_at: str | None
+    times: int
+    """How often it was found."""
+
+
+class ChannelState(msgspec.Struct, frozen=True, kw_only=True):
+    """How a channel is doing."""
+
+    channel: str
+    sent: int
+    waiting: int
+    """Messages that it still has to take."""
+    last_error: str
+    """Why it did not take the oldest of them; empty if it did, or was not asked yet."""
+
+
+class Delivery(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of one round of sending."""
+
+    sent: tuple[str, ...]
+    """Channel and first line of every message that was taken."""
+    failed: tuple[str, ...]
+    """Channel and reason of every message that was not; it is tried again."""
+    waiting: int
 
 
 class Alerts(dg.ConfigurableResource[Any], ABC):
-    """Where alerts go."""
+    """Where news goes, and how it reaches people."""
 
     @abstractmethod
-    def raise_alert(self, alert: Alert) -> bool:
-        """Raise ``alert`` unless one with its id was raised before.
+    def tell(self, news: Sequence[News], bookmarks: dict[str, str] | None = None) -> list[News]:
+        """Keep ``news``, open and resolve its incidents, and queue what people have to be told, in one step.
 
-        Passwords in its texts are blotted out. Once this returns, the alert survives a crash.
+        Passwords in its texts are blotted out. Once this returns, it survives a crash; if it does not
+        return, nothing of it happened.
+
+        Args:
+            news: In the order in which it happened.
+            bookmarks: How far the sources have been read, kept in the same step.
 
         Returns:
-            Whether it is new.
+            Those that open, worsen or resolve an incident, and new notices: what people will hear of.
         """
 
     @abstractmethod
-    def alerts(self) -> list[Alert]:
-        """All alerts, the oldest first.
+    def bookmark(self, source: str) -> str | None:
+        """How far ``source`` has been read, as given to :meth:`tell`."""
+
+    @abstractmethod
+    def incidents(self, *, all_of_them: bool = False) -> list[Incident]:
+        """Open incidents, or all that were ever kept with the notices, the oldest first."""
+
+    @abstractmethod
+    def deliver(self, seconds: float) -> Delivery:
+        """Send what is due, for about so long; what a channel does not take is tried again later."""
+
+    @abstractmethod
+    def channels(self) -> list[ChannelState]:
+        """Every channel that the routes name, and how it is doing."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Look whether routes and channels are set up rightly; sends nothing.
 
         Raises:
-            InputError: one cannot be read; the message names it.
+            InputError: one line that names file, channel and key.
         """
-
-
-class OutboxAlerts(Alerts):
-    """One file per alert under ``<home>/outbox``, written once and never changed."""
-
-    home: str
-
-    @override
-    def raise_alert(self, alert: Alert) -> bool:
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-        told = msgspec.structs.replace(
-            alert,
-            title=without_secrets(alert.title),
-            text=without_secrets(alert.text),
-            raised_at=alert.raised_at or now,
-        )
-        file = self._folder / f"{_file_name(alert.id)}.json"
-        if file.exists():
-            return False
-        self._folder.mkdir(parents=True, exist_ok=True)
-        return create_once(file, msgspec.json.format(msgspec.json.encode(told)))
-
-    @override
-    def alerts(self) -> list[Alert]:
-        found = [_read(file) for file in self._folder.glob("*.json") if not file.name.startswith(".")]
-        return sorted(found, key=lambda alert: (alert.raised_at, alert.id))
-
-    @property
-    def _folder(self) -> Path:
-        return Path(self.home).absolute() / "outbox"
-
-
-def _file_name(alert_id: str) -> str:
-    name = quote(alert_id, safe=" @:=+,")
-    if not name or len(name) > _LONGEST_NAME:
-        raise ValueError(f"an alert's id has 1 to {_LONGEST_NAME} characters when quoted, not {len(name)}")
-    # A dot in front would make it a hidden file, which is what unfinished ones are.
-    return "%2E" + name[1:] if name.startswith(".") else name
-
-
-def _read(file: Path) -> Alert:
-    try:
-        return msgspec.json.decode(file.read_bytes(), type=Alert)
-    except msgspec.DecodeError as error:
-        raise InputError(f"{file} is not an alert: {error}; delete it") from None
