@@ -15,7 +15,7 @@ help: ## Say what each command does
 demo: $(VENV)/.installed ## The whole graph on the demo feed (or OFFER_FEED), headless, to a live endpoint
 	@$(BIN)/python -m offer_assets demo
 
-demo-drift: $(VENV)/.installed ## Add a drifted day to the demo feed, catalogue it, and see the check fail
+demo-drift: $(VENV)/.installed ## Add a drifted day to the demo feed, catalogue it, see checks fail and alerts raised
 	@$(BIN)/python -m offer_assets demo-drift
 
 demo-taxonomy: $(VENV)/.installed ## Put the next version of the demo feed's taxonomy into the watched folder; `make dev` follows it

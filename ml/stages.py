@@ -30,7 +30,7 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class FeedFile(msgspec.Struct, frozen=True, kw_only=True):
-    """One file of an offer feed, as it was when it was looked at."""
+    """One file of a feed, as it was when it was looked at."""
 
     uri: str
     fingerprint: str
@@ -534,6 +534,7 @@ _CATALOGUE = (
         summary="Read what people decided about offers later; what is wrong goes to quarantine.",
         entry_point="ml.quality.corrections:write_corrections",
         parameters=CorrectionsParameters,
+        inputs=("catalog_taxonomy", "taxonomy_change"),
     ),
     Stage(
         name="live_quality",

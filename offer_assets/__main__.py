@@ -106,15 +106,20 @@ def _history(settings: Settings, _options: argparse.Namespace) -> int:
     return 0
 
 
-def _alerts(settings: Settings, _options: argparse.Namespace) -> int:
-    """List what somebody should look at, oldest first."""
-    from resources.environment import resources_for
+def _alerts(settings: Settings, options: argparse.Namespace) -> int:
+    """List what is wrong and was told, oldest first; look after the channels."""
+    from offer_assets import alerts
 
-    alerts = resources_for(settings)["alerts"].alerts()
-    for alert in alerts:
-        print(f"{alert.raised_at[:19]}Z  {alert.severity:<5}  {alert.title}\n    {alert.text}")
-    if not alerts:
-        print("there are no alerts")
+    if options.send_test:
+        alerts.send_test(settings, options.send_test)
+    elif options.resolve:
+        alerts.resolve(settings, options.resolve, by=_user())
+    elif options.deliver:
+        return 0 if alerts.deliver(settings) else 1
+    elif options.channels:
+        print(alerts.channels_text(settings))
+    else:
+        print(alerts.incidents_text(settings, all_of_them=options.all))
     return 0
 
 
@@ -184,6 +189,17 @@ def _approval_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--deploy", action="store_true", help="serve it now, without waiting for the daemon")
 
 
+def _alert_options(parser: argparse.ArgumentParser) -> None:
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--all", action="store_true", help="also what was resolved, and what was told once")
+    one.add_argument("--channels", action="store_true", help="how every channel is doing")
+    one.add_argument("--send-test", metavar="CHANNEL", default="", help="send a test message to a channel")
+    one.add_argument("--deliver", action="store_true", help="send what is due now, without the daemon")
+    one.add_argument(
+        "--resolve", metavar="KEY", default="", help="close an incident that nothing closes by itself"
+    )
+
+
 _COMMANDS = {
     "demo": _demo,
     "demo-drift": _demo_drift,
@@ -201,6 +217,7 @@ _COMMANDS = {
 
 _OPTIONS = {
     "dev": [_port_option],
+    "alerts": [_alert_options],
     "approve": [_version_argument, _reason_options, _approval_options],
     "reject": [_version_argument, _reason_options],
     "rollback": [_earlier_version_argument, _reason_options],

@@ -6,11 +6,22 @@ from typing import Any
 
 import dagster as dg
 
-from offer_assets import compilation, evaluation, feed, models, operation, release, sampling, taxonomy
+from offer_assets import (
+    compilation,
+    evaluation,
+    feed,
+    models,
+    operation,
+    quality,
+    release,
+    sampling,
+    taxonomy,
+)
 from offer_assets.headless import LOGGERS
+from offer_assets.incidents import ALERTS
 from offer_assets.jobs import JOBS, SCHEDULES
 from offer_assets.partitions import days_from
-from offer_assets.plan import TrainingPlan
+from offer_assets.plan import RetrainPolicy, TrainingPlan
 from offer_assets.preview import preview_taxonomy
 from offer_assets.promotion import PROMOTION_JOBS, ReleasePolicy
 from resources.environment import resources_for
@@ -20,6 +31,9 @@ from resources.settings import Settings
 def build_defs(settings: Settings, **resource_overrides: Any) -> dg.Definitions:
     """The graph for these settings; tests pass their own resources by name."""
     from sensors.decided_versions import decided_versions
+    from sensors.incidents import alert_delivery, incidents
+    from sensors.lasting_drift import lasting_drift
+    from sensors.new_corrections import new_corrections
     from sensors.new_offers import new_offers
     from sensors.taxonomy_changed import taxonomy_changed
 
@@ -43,6 +57,9 @@ def build_defs(settings: Settings, **resource_overrides: Any) -> dg.Definitions:
             release.model_version,
             release.offer_endpoint,
             *operation.operation_assets(days),
+            quality.corrections_feed_source,
+            *quality.quality_assets(),
+            ALERTS,
         ],
         asset_checks=[
             taxonomy.new_categories_have_labelled_offers,
@@ -57,14 +74,24 @@ def build_defs(settings: Settings, **resource_overrides: Any) -> dg.Definitions:
             release.endpoint_answers,
             release.endpoint_answers_the_same,
             *operation.operation_checks(days),
+            *quality.quality_checks(),
         ],
         jobs=[*JOBS, *PROMOTION_JOBS, preview_taxonomy],
         schedules=SCHEDULES,
-        sensors=[new_offers, taxonomy_changed, decided_versions],
+        sensors=[
+            new_offers,
+            taxonomy_changed,
+            decided_versions,
+            new_corrections,
+            lasting_drift,
+            incidents,
+            alert_delivery,
+        ],
         loggers={"console": dg.colored_console_logger, **LOGGERS},
         resources={
             **resources_for(settings),
             "plan": TrainingPlan.from_settings(settings),
+            "retrain_policy": RetrainPolicy.from_settings(settings),
             "release_policy": ReleasePolicy(approval=settings.approval),
             **resource_overrides,
         },

@@ -7,18 +7,31 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import msgspec
 
 from ml.artifacts import ArtifactRef
+from ml.drift.questions import QUESTIONS
 from ml.errors import InputError
 from offer_assets.definitions import build_defs
 from offer_assets.headless import FailedCheck, HeadlessRuns, MadeAsset
+from offer_assets.incidents import collect, observations
 from offer_assets.instance import instance_for
-from offer_assets.jobs import ADOPT_TAXONOMY, CATALOGUE_DAY, INGEST_DAY, START_ENDPOINT, TRAIN_AND_RELEASE
+from offer_assets.jobs import (
+    ADOPT_TAXONOMY,
+    CATALOGUE_DAY,
+    INGEST_DAY,
+    MEASURE_QUALITY,
+    START_ENDPOINT,
+    TRAIN_AND_RELEASE,
+)
+from offer_assets.operation import DRIFT_REPORT
 from offer_assets.partitions import CPU
+from resources.alerts import Alerts
 from resources.artifact_store import ArtifactStore
 from resources.environment import resources_for
 from resources.offer_feed import OfferFeed
@@ -30,8 +43,12 @@ _ASSETS_ADOPTED = 2
 _ASSETS_PER_DAY = 3
 """raw_offers, offers, quarantined_offers"""
 _ASSETS_TRAINED = 11
-_ASSETS_CATALOGUED = 2
-_DRIFT_CHECK = "no_drift"
+_ASSETS_CATALOGUED = 3
+"""catalogued_offers, drift_reference, drift_report"""
+_ASSETS_MEASURED = 2
+"""corrections, live_quality"""
+_SECONDS_TO_DELIVER = 40.0
+_DRIFT_CHECKS = frozenset(question.name for question in QUESTIONS)
 
 
 def run_demo(settings: Settings) -> bool:
@@ -46,7 +63,11 @@ def run_demo(settings: Settings) -> bool:
     runs = HeadlessRuns(
         definitions=build_defs(settings),
         instance=instance_for(settings),
-        assets_in_all=_ASSETS_ADOPTED + _ASSETS_PER_DAY * len(days) + _ASSETS_TRAINED + _ASSETS_CATALOGUED,
+        assets_in_all=_ASSETS_ADOPTED
+        + _ASSETS_PER_DAY * len(days)
+        + _ASSETS_TRAINED
+        + _ASSETS_CATALOGUED
+        + _ASSETS_MEASURED,
     )
     with runs.instance:
         adopted = runs.run(ADOPT_TAXONOMY)
@@ -54,7 +75,7 @@ def run_demo(settings: Settings) -> bool:
         taken = [day for day in days if adopted and runs.run(INGEST_DAY, day)]
         trained = bool(taken) and runs.run(TRAIN_AND_RELEASE, CPU)
         waits = trained and not runs.of("offer_endpoint")
-        finished = trained and (waits or runs.run(CATALOGUE_DAY, taken[-1]))
+        finished = trained and (waits or (runs.run(CATALOGUE_DAY, taken[-1]) and runs.run(MEASURE_QUALITY)))
     succeeded = finished and taken == days and not _broken(runs)
     _write_timings(settings.home / "demo_timings.json", runs, time.monotonic() - started_at)
     if succeeded and waits:
@@ -71,7 +92,7 @@ def run_demo(settings: Settings) -> bool:
 
 
 def run_drifted_day(settings: Settings) -> bool:
-    """Add a drifted day to the demo feed and process it; True if the drift check caught it."""
+    """Add a drifted day to the demo feed and process it; True if a drift check found it to be an error."""
     if not settings.is_demo:
         raise InputError(
             "demo-drift adds a day to the demo feed; unset OFFER_FEED and CATALOG_TAXONOMY to use it"
@@ -80,8 +101,9 @@ def run_drifted_day(settings: Settings) -> bool:
     if resources["artifact_store"].read_pointer("offer_endpoint") is None:
         raise InputError("there is no endpoint yet to catalogue a day with; run `make demo` first")
     day = resources["offer_feed"].add_drifted_day()
+    definitions = build_defs(settings)
     runs = HeadlessRuns(
-        definitions=build_defs(settings),
+        definitions=definitions,
         instance=instance_for(settings),
         assets_in_all=_ASSETS_PER_DAY + _ASSETS_CATALOGUED + 1,
     )
@@ -89,13 +111,62 @@ def run_drifted_day(settings: Settings) -> bool:
         # The endpoint is started again if it has been stopped since.
         succeeded = runs.run(INGEST_DAY, day) and runs.run(START_ENDPOINT)
         succeeded = succeeded and runs.run(CATALOGUE_DAY, day)
-    drift = [check for check in runs.failed_checks if check.name == _DRIFT_CHECK]
-    if succeeded and drift:
-        print(f"\nThe drifted day {day} was caught: {drift[0].description}")
-        print(f"Report: {runs.of('drift_report')[-1].metadata['report']}")
+        if succeeded:
+            tell_incidents(runs.instance, definitions, resources)
+    drift = [check for check in runs.failed_checks if check.name in _DRIFT_CHECKS]
+    caught = succeeded and any(check.severity == "ERROR" for check in drift)
+    if caught:
+        print(drift_summary(day, drift, str(runs.of("drift_report")[-1].metadata["report"]), resources))
     else:
         print(failure(settings, runs), file=sys.stderr)
-    return succeeded and bool(drift)
+    return caught
+
+
+def tell_incidents(
+    instance: dg.DagsterInstance, definitions: dg.Definitions, resources: Mapping[str, Any]
+) -> None:
+    """What the sensors ``incidents`` and ``alert_delivery`` do while a daemon runs."""
+    alerts: Alerts = resources["alerts"]
+    told = collect(
+        instance,
+        alerts,
+        graph=definitions.resolve_asset_graph(),
+        offer_feed=resources["offer_feed"],
+        artifact_store=resources["artifact_store"],
+        tracking=resources["tracking"],
+    )
+    for observation in observations(told):
+        instance.report_runless_asset_event(observation)
+    alerts.deliver(_SECONDS_TO_DELIVER)
+
+
+def drift_summary(day: str, drift: Sequence[FailedCheck], report: str, resources: Mapping[str, Any]) -> str:
+    """The failed drift checks of a day, its report, and what people were told of it."""
+    checks = sorted(drift, key=lambda check: check.severity)  # ERROR before WARN
+    keys = {f"check:{DRIFT_REPORT}:{check.name}" for check in drift}
+    alerts: Alerts = resources["alerts"]
+    told = [incident for incident in alerts.incidents() if incident.key in keys]
+    lines = [
+        "",
+        f"The drifted day {day} was caught:",
+        *(f"  {check.severity:<5}  {check.name}: {check.description}" for check in checks),
+        "",
+        f"Report: {report}",
+        "Alerts:",
+        *(
+            f"  {incident.severity:<8}  {incident.title} (since {incident.opened_at[:19]}Z)"
+            for incident in told
+        ),
+    ]
+    channels = ", ".join(state.channel for state in alerts.channels())
+    lines += [
+        f"  sent to {channels}"
+        if channels
+        else "  kept in the outbox (OFFER_ASSETS_ALERT_ROUTES sends them)",
+        "  list them        python -m offer_assets alerts",
+        "",
+    ]
+    return "\n".join(lines)
 
 
 def describe_feed(settings: Settings) -> str:
@@ -144,6 +215,7 @@ def summary(settings: Settings, runs: HeadlessRuns, store: ArtifactStore, second
         f"{catalogued.metadata['offers_per_second']:,.0f} offers/s through the endpoint",
         f"  checks           {runs.passed_checks:>10,}   passed, {len(findings)} to look at",
         *(f"    {check.severity}: {check.name}: {check.description}" for check in findings),
+        f"  drift report     {runs.of('drift_report')[-1].metadata['report']}",
         "",
         f"  endpoint         {endpoint['url']}   model {endpoint['model_version']}",
         f"  try it           {_curl(endpoint['url'], store)}",
@@ -169,7 +241,9 @@ def failure(settings: Settings, runs: HeadlessRuns) -> str:
 
 def _broken(runs: HeadlessRuns) -> list[FailedCheck]:
     """Failed checks that mean that something did not work; drift is a finding about the offers."""
-    return [check for check in runs.failed_checks if check.severity == "ERROR" and check.name != _DRIFT_CHECK]
+    return [
+        check for check in runs.failed_checks if check.severity == "ERROR" and check.name not in _DRIFT_CHECKS
+    ]
 
 
 def _only(runs: HeadlessRuns, asset: str) -> MadeAsset:

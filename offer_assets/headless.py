@@ -11,10 +11,9 @@ from typing import Any
 
 import dagster as dg
 from dagster import DagsterEventType
-from dagster._core.events import StepFailureData
-from dagster._utils.error import SerializableErrorInfo
 
 from offer_assets.instance import process_tag
+from offer_assets.wording import error_line, failure_line
 
 _LOGGER = "terminal"
 
@@ -123,9 +122,7 @@ class _Terminal(logging.Handler):
         elif event.event_type == DagsterEventType.ASSET_MATERIALIZATION:
             self._materialized(event)
         elif event.event_type == DagsterEventType.STEP_UP_FOR_RETRY:
-            _say(
-                f"        {event.step_key} is tried again: {_innermost_message(event.step_retry_data.error)}"
-            )
+            _say(f"        {event.step_key} is tried again: {error_line(event.step_retry_data.error)}")
         elif event.event_type == DagsterEventType.STEP_FAILURE:
             self._failed(event)
         elif event.event_type == DagsterEventType.ASSET_CHECK_EVALUATION:
@@ -155,22 +152,9 @@ class _Terminal(logging.Handler):
             _say(f"        check {evaluation.check_name} failed ({severity}): {evaluation.description}")
 
     def _failed(self, event: dg.DagsterEvent) -> None:
-        message = _what_went_wrong(event.step_failure_data)
+        message = failure_line(event.step_failure_data)
         self._runs.errors.append(f"{event.step_key}: {message}")
         _say(f"        {event.step_key} failed: {message}")
-
-
-def _what_went_wrong(failure: StepFailureData) -> str:
-    """The line of a failure meant for people, or the innermost error; its trace is in the run's log."""
-    if failure.user_failure_data and failure.user_failure_data.description:
-        return failure.user_failure_data.description
-    return _innermost_message(failure.error)
-
-
-def _innermost_message(error: SerializableErrorInfo | None) -> str:
-    while error is not None and error.cause is not None:
-        error = error.cause
-    return error.message.strip() if error else "no error was reported"
 
 
 @dg.logger(description="One line per asset, for a headless run at a terminal.")

@@ -1,7 +1,11 @@
 """Jobs and schedules: which assets are made together, and when."""
 
+import datetime
+
 import dagster as dg
 
+from ml.artifacts import ArtifactRef, read_manifest
+from ml.errors import InputError
 from offer_assets.instance import FEED_TAG, feed_tag
 from offer_assets.models import WARM
 from offer_assets.partitions import CPU
@@ -16,6 +20,7 @@ TRAIN_AND_RELEASE = "train_and_release"
 START_ENDPOINT = "start_endpoint"
 CATALOGUE_DAY = "catalogue_day"
 PROCESS_DAY = "process_day"
+MEASURE_QUALITY = "measure_quality"
 
 FINISHED = frozenset({dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED})
 
@@ -33,7 +38,8 @@ _TRAINING = (
     "compiled_student",
 )
 _RELEASE = ("model_version", "offer_endpoint")
-_CATALOGUING = ("catalogued_offers", "drift_report")
+_CATALOGUING = ("catalogued_offers", "drift_reference", "drift_report")
+_QUALITY = ("corrections", "live_quality")
 _EXCLUSIVE = frozenset({ADOPT_TAXONOMY, REFRESH_NAMES, FOLLOW_TAXONOMY, TRAIN_AND_RELEASE})
 
 adopt_taxonomy = dg.define_asset_job(
@@ -90,6 +96,13 @@ process_day = dg.define_asset_job(
     description="Take one day of the feed and catalogue it: what new offers start by themselves.",
 )
 
+measure_quality = dg.define_asset_job(
+    MEASURE_QUALITY,
+    selection=dg.AssetSelection.assets(*_QUALITY),
+    description="Take what people decided about offers since, and hold the categories that were given "
+    "against it: what new corrections start by themselves.",
+)
+
 JOBS = [
     adopt_taxonomy,
     refresh_names,
@@ -99,6 +112,7 @@ JOBS = [
     start_endpoint,
     catalogue_day,
     process_day,
+    measure_quality,
 ]
 
 
@@ -131,4 +145,35 @@ def open_trainings(instance: dg.DagsterInstance, feed: dict[str, str]) -> list[d
     ]
 
 
-SCHEDULES = [weekly_training]
+@dg.schedule(
+    job=process_day,
+    cron_schedule="0 1 * * *",
+    execution_timezone="UTC",
+    default_status=dg.DefaultScheduleStatus.RUNNING,
+    description="Every day at 01:00 UTC, look at the day before again now that it is over: only then can its "
+    "volume be judged. A day without any offer fails if the same weekday of the week before had some.",
+)
+def day_is_over(
+    context: dg.ScheduleEvaluationContext, artifact_store: ArtifactStore
+) -> dg.RunRequest | dg.SkipReason:
+    """One run for the day before, if its report is from before its end, or if it brought nothing at all."""
+    now = context.scheduled_execution_time
+    day, week_before = ((now - datetime.timedelta(days=days)).date().isoformat() for days in (1, 8))
+    if artifact_store.read_pointer("offer_endpoint") is None:
+        return dg.SkipReason("there is no endpoint yet to catalogue a day with")
+    report = artifact_store.read_pointer(f"drift_report/{day}")
+    if report is not None and _is_of_a_whole_day(artifact_store, report):
+        return dg.SkipReason(f"{day} was looked at after its end")
+    if artifact_store.read_pointer(f"offers/{day}") or artifact_store.read_pointer(f"offers/{week_before}"):
+        return dg.RunRequest(run_key=day, partition_key=day)
+    return dg.SkipReason(f"the feed brought no offers of {day}, and none were expected")
+
+
+def _is_of_a_whole_day(artifact_store: ArtifactStore, report: ArtifactRef) -> bool:
+    try:
+        return bool(read_manifest(artifact_store.fetch(report, check=False)).parameters.get("complete"))
+    except InputError:
+        return False
+
+
+SCHEDULES = [weekly_training, day_is_over]

@@ -1,20 +1,43 @@
 """The model at work: a day's offers catalogued, and held against what the model was trained on."""
 
+import datetime
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 import dagster as dg
 import msgspec
 
-from ml.artifacts import ArtifactRef
+from ml.artifacts import ArtifactRef, Manifest
+from ml.drift.answers import Answer, DayReport, Question
+from ml.drift.questions import AGREEMENT, QUESTIONS
+from ml.errors import InputError
 from ml.evaluation.verification import same_offers
-from ml.stages import STAGES, CataloguedOffersParameters, DriftParameters
+from ml.stages import (
+    SERVABLE,
+    STAGES,
+    CataloguedOffersParameters,
+    DriftParameters,
+    DriftReferenceParameters,
+)
 from offer_assets import policies
 from offer_assets.checks import partitioned_check
-from offer_assets.metadata import materialization, row_count, schema, table
-from resources.compute import Compute
+from offer_assets.metadata import materialization, picture, row_count, schema, table
+from offer_assets.taxonomy import taxonomy_in_force
+from resources.artifact_store import ArtifactStore
+from resources.compute import AnyContext, Compute, StageResult
 from resources.endpoints import Endpoints
+from resources.failures import input_errors_fail_plainly
+from resources.tracking import Tracking
+
+DRIFT_REPORT = "drift_report"
+
+_EARLIER_DAYS = 6
+"""With the day itself a week: each weekday once."""
 
 
 def operation_assets(days: dg.DailyPartitionsDefinition) -> list[dg.AssetsDefinition]:
-    """``catalogued_offers`` and ``drift_report``, one partition per day."""
+    """``catalogued_offers`` and ``drift_report`` by day, and the reference between them."""
 
     @dg.asset(
         partitions_def=days,
@@ -57,48 +80,65 @@ def operation_assets(days: dg.DailyPartitionsDefinition) -> list[dg.AssetsDefini
         return materialization(result, metadata=row_count(result.manifest.metrics["offers"]))
 
     @dg.asset(
-        deps=["training_sample"],
         partitions_def=days,
         group_name=policies.OPERATION,
         kinds={"evidently"},
         owners=[policies.ML_TEAM],
-        code_version=STAGES["drift_report"].version,
+        code_version=STAGES[DRIFT_REPORT].version,
     )
     def drift_report(
         context: dg.AssetExecutionContext,
         catalogued_offers: ArtifactRef,
         offers: ArtifactRef,
-        offer_endpoint: ArtifactRef,
+        drift_reference: ArtifactRef,
+        taxonomy_change: ArtifactRef,
+        artifact_store: ArtifactStore,
         compute: Compute,
+        tracking: Tracking,
     ) -> dg.MaterializeResult:
-        """One day of offers and categories against the reference that the model was trained on."""
+        """One day of offers and categories against what was usual when the model was trained."""
+        day = context.partition_key
+        model = _model_of_day(catalogued_offers, artifact_store, compute)
+        if compute.manifest(drift_reference).inputs["compiled_student"] != model.digest:
+            # Another model serves by now; the day is held against what the one that catalogued it learned.
+            drift_reference = reference_of(model, context, artifact_store, compute, tracking).ref
+        inputs: dict[str, ArtifactRef | Mapping[str, ArtifactRef]] = {
+            "catalogued_offers": catalogued_offers,
+            "offers": offers,
+            "drift_reference": drift_reference,
+            "catalog_taxonomy": taxonomy_in_force(taxonomy_change, compute),
+            "earlier": earlier_reports(day, drift_reference, artifact_store, compute),
+        }
+        if "fast_checkpoint" in compute.manifest(drift_reference).inputs:
+            inputs["fast_checkpoint"] = compute.origin(drift_reference, "fast_checkpoint")
         result = compute.run(
-            context,
-            "drift_report",
-            {
-                "catalogued_offers": catalogued_offers,
-                "offers": offers,
-                # Not the newest sample: the one behind the model that serves.
-                "training_sample": compute.origin(offer_endpoint, "student_checkpoint", "training_sample"),
-                "compiled_student": offer_endpoint,
-            },
-            DriftParameters(day=context.partition_key),
+            context, DRIFT_REPORT, inputs, DriftParameters(day=day, complete=day < today_in_utc())
         )
-        folder = compute.folder(result.ref)
-        drift = msgspec.json.decode((folder / "drift.json").read_bytes())
-        return materialization(
-            result,
-            metadata={
-                "columns_compared": table(drift["columns"]),
-                "report": dg.MetadataValue.path(str(folder / "report.html")),
-            },
-        )
+        return materialization(result, metadata=_describe(compute.folder(result.ref)))
 
-    return [catalogued_offers, drift_report]
+    return [catalogued_offers, drift_reference, drift_report]
+
+
+@dg.asset(
+    deps=["training_sample", "fast_checkpoint"],
+    group_name=policies.OPERATION,
+    kinds={"parquet"},
+    owners=[policies.ML_TEAM],
+    code_version=STAGES["drift_reference"].version,
+)
+def drift_reference(
+    context: dg.AssetExecutionContext,
+    offer_endpoint: ArtifactRef,
+    artifact_store: ArtifactStore,
+    compute: Compute,
+    tracking: Tracking,
+) -> dg.MaterializeResult:
+    """What was usual on the newest days that the serving model was trained on: made once per model."""
+    return materialization(reference_of(offer_endpoint, context, artifact_store, compute, tracking))
 
 
 def operation_checks(days: dg.DailyPartitionsDefinition) -> list[dg.AssetChecksDefinition]:
-    """What must be true of a catalogued day."""
+    """What must be true of a catalogued day; one check for each question of monitoring."""
 
     @partitioned_check(
         asset="catalogued_offers", partitions_def=days, additional_ins={"offers": dg.AssetIn("offers")}
@@ -114,27 +154,202 @@ def operation_checks(days: dg.DailyPartitionsDefinition) -> list[dg.AssetChecksD
             metadata={"clean": clean, "catalogued": catalogued, "different": different},
         )
 
-    @partitioned_check(asset="drift_report", partitions_def=days)
-    def no_drift(drift_report: ArtifactRef, compute: Compute) -> dg.AssetCheckResult:
-        """The day looks like the offers that the model was trained on."""
-        metrics = drift_report.metrics
-        drift = msgspec.json.decode((compute.folder(drift_report) / "drift.json").read_bytes())
-        moved = [column["sentence"] for column in drift["columns"] if column["drifted"]]
-        is_error = metrics["share_drifted"] >= policies.DRIFT_ERROR_SHARE
-        summary = (
-            f"{metrics['drifted_columns']} of {metrics['columns']} columns drifted (a warning; an error from "
-            f"{policies.DRIFT_ERROR_SHARE:.0%} on)"
-            if metrics["sufficient"]
-            else f"{metrics['offers']} offers are too few to tell whether they drifted"
-        )
-        return dg.AssetCheckResult(
-            passed=metrics["sufficient"] and not moved,
-            severity=dg.AssetCheckSeverity.ERROR if is_error else dg.AssetCheckSeverity.WARN,
-            description="; ".join([summary, *moved]),
-            metadata={
-                "share_drifted": metrics["share_drifted"],
-                "drifted_columns": metrics["drifted_columns"],
-            },
-        )
+    return [every_clean_offer_is_catalogued, *(_question_check(question, days) for question in QUESTIONS)]
 
-    return [every_clean_offer_is_catalogued, no_drift]
+
+@input_errors_fail_plainly()
+def reference_of(
+    model: ArtifactRef,
+    context: AnyContext,
+    artifact_store: ArtifactStore,
+    compute: Compute,
+    tracking: Tracking,
+) -> StageResult:
+    """The drift reference of a compiled (or renamed) student, found or made.
+
+    Its days are the newest of those that the student was trained on, not the newest there are. The fast model
+    is the one beside which the student was judged; without its evaluation there is none.
+    """
+    parameters = DriftReferenceParameters()
+    sample = compute.origin(model, "student_checkpoint", "training_sample")
+    inputs: dict[str, ArtifactRef | Mapping[str, ArtifactRef]] = {
+        "training_sample": sample,
+        "compiled_student": model,
+        "offers": _offers_behind(sample, parameters.days, artifact_store, compute),
+    }
+    if fast_model := _fast_model_beside(model, artifact_store, compute, tracking):
+        inputs["fast_checkpoint"] = fast_model
+    return compute.run(context, "drift_reference", inputs, parameters)
+
+
+def earlier_reports(
+    day: str, reference: ArtifactRef, artifact_store: ArtifactStore, compute: Compute
+) -> dict[str, ArtifactRef]:
+    """Reports of the days right before ``day`` that were made against the same reference, by day."""
+    date, reports = datetime.date.fromisoformat(day), {}
+    for days_before in range(_EARLIER_DAYS, 0, -1):
+        earlier = (date - datetime.timedelta(days=days_before)).isoformat()
+        report = artifact_store.read_pointer(f"{DRIFT_REPORT}/{earlier}")
+        if report is not None and _reference_behind(report, compute) == reference.digest:
+            reports[earlier] = report
+    return reports
+
+
+def read_day_report(folder: Path) -> DayReport:
+    """What a ``drift_report`` says."""
+    return msgspec.json.decode((folder / "drift.json").read_bytes(), type=DayReport)
+
+
+def today_in_utc() -> str:
+    """ISO date; a day is over when it is over in UTC, as partitions are."""
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
+
+
+def _question_check(question: Question, days: dg.DailyPartitionsDefinition) -> dg.AssetChecksDefinition:
+    @partitioned_check(
+        asset=DRIFT_REPORT,
+        name=question.name,
+        description=f"Asks of every day whether this is as the days of the training data let expect: "
+        f"{question.title}. WARN: worth a look; ERROR: the day is not what the model knows.",
+        partitions_def=days,
+    )
+    def check(drift_report: ArtifactRef, compute: Compute) -> dg.AssetCheckResult:
+        folder = compute.folder(drift_report)
+        answers = {answer.question: answer for answer in read_day_report(folder).answers}
+        may_be_unknown = _may_be_unknown(question, compute.manifest(drift_report))
+        return _check_result(answers[question.name], folder, may_be_unknown=may_be_unknown)
+
+    return check
+
+
+def _may_be_unknown(question: Question, made_of: Manifest) -> bool:
+    """Whether it is no news that a question has no answer.
+
+    A day that is not over is looked at again when it is (``offer_assets.jobs.day_is_over``); where no fast
+    model was trained, nothing can agree with it.
+    """
+    is_over = made_of.parameters["complete"]
+    return not is_over or (question.name == AGREEMENT and "fast_checkpoint" not in made_of.inputs)
+
+
+def _check_result(answer: Answer, folder: Path, *, may_be_unknown: bool) -> dg.AssetCheckResult:
+    """An answer as the UI shows it. What should be known and is not did not pass: it is not usual."""
+    findings = [
+        {
+            "what": finding.measure,
+            "where": finding.group or "all offers",
+            "segment": finding.segment,
+            "value": finding.value,
+            "usual": finding.usual,
+            "usual_low": finding.usual_low,
+            "usual_high": finding.usual_high,
+            "days": finding.days,
+            "p_value": finding.p_value,
+            "level": finding.level,
+            "in_words": finding.sentence,
+        }
+        for finding in answer.findings
+    ]
+    shown: dict[str, Any] = (
+        {"plot": picture((folder / answer.picture).read_bytes())} if answer.picture else {}
+    )
+    return dg.AssetCheckResult(
+        passed=answer.level == "OK" or (answer.level == "UNKNOWN" and may_be_unknown),
+        severity=dg.AssetCheckSeverity.ERROR if answer.level == "ERROR" else dg.AssetCheckSeverity.WARN,
+        description=answer.sentence,
+        metadata={
+            **shown,
+            "level": answer.level,
+            "series_tested": answer.series,
+            "findings": table(findings),
+            "findings_in_all": answer.found,
+            "report": dg.MetadataValue.path(folder / "report.html"),
+        },
+    )
+
+
+def _describe(folder: Path) -> dict[str, Any]:
+    """A day's report as the UI shows it."""
+    report = read_day_report(folder)
+    answers = [
+        {
+            "question": answer.title,
+            "level": answer.level,
+            "answer": answer.sentence,
+            "series_tested": answer.series,
+            "findings": answer.found,
+        }
+        for answer in report.answers
+    ]
+    pictures = {
+        f"plot_{answer.question}": picture((folder / answer.picture).read_bytes())
+        for answer in report.answers
+        if answer.picture
+    }
+    distances = [
+        {"column": column.column, "distance": column.distance, "usual_below": column.usual_high}
+        for column in report.columns
+    ]
+    return {
+        "summary": report.sentence,
+        "answers": table(answers),
+        "report": dg.MetadataValue.path(folder / "report.html"),
+        **pictures,
+        "distances_of_columns": table(distances),
+    }
+
+
+def _model_of_day(catalogued: ArtifactRef, artifact_store: ArtifactStore, compute: Compute) -> ArtifactRef:
+    """The model that catalogued a day, under the names it had then."""
+    digest = compute.manifest(catalogued).inputs["compiled_student"]
+    for kind in SERVABLE:
+        if found := artifact_store.find_by_digest(kind, digest):
+            return found
+    raise dg.Failure(
+        f"model {digest[:12]}, which catalogued the day, is gone: materialize catalogued_offers of it again",
+        allow_retries=False,
+    )
+
+
+def _offers_behind(
+    sample: ArtifactRef, newest: int, artifact_store: ArtifactStore, compute: Compute
+) -> dict[str, ArtifactRef]:
+    """The newest days of offers that a training sample was drawn from, as they were then, by day."""
+    prefix = "offers/"
+    digests = {
+        name.removeprefix(prefix): digest
+        for name, digest in compute.manifest(sample).inputs.items()
+        if name.startswith(prefix)
+    }
+    current, found = artifact_store.list_pointers("offers"), {}
+    for day in sorted(digests, reverse=True)[:newest]:
+        ref = current.get(day)
+        if ref is None or ref.digest != digests[day]:  # the day was taken again since
+            ref = artifact_store.find_by_digest("offers", digests[day])
+        if ref is not None:
+            found[day] = ref
+    if not found:
+        raise InputError(
+            f"the offers that training_sample {sample.version} was drawn from are gone: train and deploy "
+            "again"
+        )
+    return dict(sorted(found.items()))
+
+
+def _fast_model_beside(
+    model: ArtifactRef, artifact_store: ArtifactStore, compute: Compute, tracking: Tracking
+) -> ArtifactRef | None:
+    """The fast model of the evaluation that a student was judged by, if both are still there."""
+    version = tracking.version_of(model)
+    digest = version.tags.get("evaluation") if version is not None else None
+    evaluation = artifact_store.find_by_digest("student_evaluation", digest) if digest else None
+    fast_model = compute.manifest(evaluation).inputs.get("fast_checkpoint") if evaluation else None
+    return artifact_store.find_by_digest("fast_checkpoint", fast_model) if fast_model else None
+
+
+def _reference_behind(report: ArtifactRef, compute: Compute) -> str | None:
+    """Digest of the reference of a report; None where the report is gone or from before there were any."""
+    try:
+        return compute.manifest(report).inputs.get("drift_reference")
+    except InputError:
+        return None

@@ -15,7 +15,8 @@ from ml.stages import (
     TeacherParameters,
     TrainingSampleParameters,
 )
-from resources.settings import Settings
+from offer_assets import policies
+from resources.settings import DEFAULT_CHECKS, Settings
 
 
 class TrainingPlan(dg.ConfigurableResource):
@@ -77,4 +78,26 @@ class TrainingPlan(dg.ConfigurableResource):
             layers=self.student_layers,
             max_tokens=self.max_tokens,
             epochs=self.warm_student_epochs if warm else self.student_epochs,
+        )
+
+
+class RetrainPolicy(dg.ConfigurableResource):
+    """When drift starts a training."""
+
+    checks: list[str] = Field(description="Checks of monitoring that may start one; none: drift never does.")
+    after_days: int = Field(description="On so many days in a row, the newest, a check must be ERROR.")
+    cooldown_days: int = Field(description="Days from one such training to the next.")
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> RetrainPolicy:
+        """The policy that the settings describe."""
+        checks = [
+            check
+            for name in settings.checks_that_retrain
+            for check in (policies.MENDED_BY_TRAINING if name == DEFAULT_CHECKS else (name,))
+        ]
+        return cls(
+            checks=list(dict.fromkeys(checks)),
+            after_days=settings.retrain_after_days,
+            cooldown_days=settings.retrain_cooldown_days,
         )

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import dagster as dg
 
+from ml.drift.questions import (
+    AGREEMENT,
+    LANGUAGES,
+    PREDICTED_CATEGORIES,
+    SHOP_MIX,
+    SURENESS,
+    WORDING,
+)
 from ml.evaluation.gate import GateLimits
+from ml.quality.questions import AGREEMENT as CORRECTIONS
+from ml.quality.questions import SHARES as CORRECTED_SHARES
 
 TAXONOMY = "taxonomy"
 FEED = "feed"
@@ -37,8 +47,24 @@ TAXONOMY_FINGERPRINT_TAG = "offer_assets/taxonomy_fingerprint"
 TAXONOMY_RELEASE_TAG = "offer_assets/taxonomy_release"
 """Tag of the same run: the release's name."""
 
-DRIFT_ERROR_SHARE = 0.3
-"""One drifted column is a warning; from this share of them on, the day is not what the model knows."""
+DRIFT_CHECKS_TAG = "offer_assets/drift_checks"
+"""Tag of a run that drift started: the checks that asked for it."""
+
+MENDED_BY_TRAINING = (
+    WORDING,
+    LANGUAGES,
+    SHOP_MIX,
+    PREDICTED_CATEGORIES,
+    SURENESS,
+    AGREEMENT,
+    CORRECTIONS,
+    CORRECTED_SHARES,
+)
+"""Checks of monitoring whose lasting ERROR a new training can cure, for it learns from the offers of those
+days: other words, languages, shops or categories than the model knows, a model that is less sure of what
+it sees, and answers that people correct more often. Not among them is what no training mends: offers and
+values that do not arrive are the feed's fault, prices are not read by the model, and a change of the
+taxonomy starts a training of its own."""
 
 ENDPOINT_SAMPLE_OFFERS = 200
 """Evaluation offers on which the endpoint has to answer like the artifact it serves."""

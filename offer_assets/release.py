@@ -321,8 +321,11 @@ def _promotion(
 def _occasion(tags: Mapping[str, str], renamed: bool) -> str:
     """Why a version that nobody had to decide on is served."""
     why = "the same model under other names" if renamed else "passed the gate"
-    release = tags.get(policies.TAXONOMY_RELEASE_TAG)
-    return f"{why}; for release {release} of the taxonomy" if release else why
+    if release := tags.get(policies.TAXONOMY_RELEASE_TAG):
+        return f"{why}; for release {release} of the taxonomy"
+    if checks := tags.get(policies.DRIFT_CHECKS_TAG):
+        return f"{why}; trained for drift: {checks.replace(',', ', ')}"
+    return why
 
 
 def _overtaken(

@@ -37,8 +37,8 @@ _CODE_ROOT = Path(ml.__file__).parent.parent
 _SECONDS_TO_END = 20.0
 _LINES_SHOWN = 15
 
-_BESIDE_TRAINING = frozenset({"catalogued_offers", "drift_report"})
-"""Heavy stages that need not wait for others: new offers are catalogued while a model trains."""
+_BESIDE_TRAINING = frozenset({"catalogued_offers", "drift_reference", "drift_report", "live_quality"})
+"""Heavy stages that need not wait for others: new offers are catalogued and watched while a model trains."""
 
 AnyContext = dg.AssetExecutionContext | dg.AssetCheckExecutionContext | dg.OpExecutionContext
 StageInputs = Mapping[str, ArtifactRef | Mapping[str, ArtifactRef]]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from resources.alerts import OutboxAlerts
+from resources.alerting import OutboxAlerts
 from resources.artifact_store import FolderArtifactStore
 from resources.compute import LocalCompute
+from resources.corrections_feed import CorrectionsFeed, DemoCorrectionsFeed
 from resources.endpoints import LocalEndpoints
 from resources.feed_name import feed_name
 from resources.io_manager import ArtifactRefIOManager
@@ -38,12 +39,13 @@ def resources_for(settings: Settings) -> dict[str, Any]:
             home=home, port=settings.endpoint_port, workers=settings.endpoint_workers
         ),
         "offer_feed": (feed := _offer_feed(settings)),
+        "corrections_feed": _corrections_feed(settings, feed),
         "taxonomy_source": _taxonomy_source(settings, feed),
         "taxonomy_policy": TaxonomyPolicy(
             settle_seconds=settings.taxonomy_settle_seconds,
             max_removed_share=settings.taxonomy_max_removed_share,
         ),
-        "alerts": OutboxAlerts(home=home),
+        "alerts": OutboxAlerts(home=home, routes=settings.alert_routes, ui_url=settings.ui_url),
     }
 
 
@@ -61,6 +63,12 @@ def _offer_feed(settings: Settings) -> OfferFeed:
         first_day=settings.first_day.isoformat(),
         home=str(settings.home),
     )
+
+
+def _corrections_feed(settings: Settings, feed: OfferFeed) -> CorrectionsFeed:
+    if isinstance(feed, DemoOfferFeed):
+        return DemoCorrectionsFeed.of(feed)
+    return CorrectionsFeed(feed=settings.corrections_feed, home=str(settings.home))
 
 
 def _taxonomy_source(settings: Settings, feed: OfferFeed) -> TaxonomySource:

@@ -266,6 +266,7 @@ class DemoOfferFeed(OfferFeed):
                 day = first + datetime.timedelta(days=number)
                 if day not in written:
                     wanted.write_day(self._folder, day)
+            self._write_corrections()
 
     @override
     def loading_day(self, uri: str) -> str:
@@ -290,6 +291,7 @@ class DemoOfferFeed(OfferFeed):
                     f"delete newer days from {self._folder}"
                 )
             feed_in(self._folder).write_day(self._folder, day, drifted=True)
+            self._write_corrections()
         return day.isoformat()
 
     @input_errors_fail_plainly()
@@ -320,6 +322,18 @@ class DemoOfferFeed(OfferFeed):
         from ml.demo.feed import TAXONOMY_FOLDER
 
         return self._folder / TAXONOMY_FOLDER
+
+    @property
+    def corrections_folder(self) -> Path:
+        """Where what people decided later lies (CORRECTIONS_FEED of the demo)."""
+        from ml.demo.corrections import CORRECTIONS_FOLDER
+
+        return self._folder / CORRECTIONS_FOLDER
+
+    def _write_corrections(self) -> None:
+        from ml.demo.corrections import write_missing_corrections
+
+        write_missing_corrections(self._folder)
 
     @property
     def _folder(self) -> Path:

@@ -23,6 +23,9 @@ from ml.errors import InputError
 from ml.stages import Parameters, StudentParameters, TeacherParameters, TrainingSampleParameters
 from resources.redaction import without_secrets
 
+DEFAULT_CHECKS = "default"
+"""Stands among the checks of ``OFFER_ASSETS_RETRAIN_ON_DRIFT`` for those that a new training can mend."""
+
 _ENV_FILE = ".env"
 _PREFIX = "OFFER_ASSETS_"
 _TRACKING_SCHEMES = (
@@ -84,6 +87,14 @@ def _existing_encoder(value: str) -> str:
     return path
 
 
+def _existing_file(value: str) -> str:
+    """An absolute path, which must be a file; empty stays empty."""
+    path = local_path(value)
+    if value and (path is None or not Path(path).is_file()):
+        raise ValueError(f"points nowhere: there is no file {path or value}")
+    return path or ""
+
+
 def _absolute_folder(value: Path) -> Path:
     folder = value.expanduser().absolute()
     if folder.exists() and not folder.is_dir():
@@ -95,6 +106,29 @@ def _known_tracking_uri(value: str) -> str:
     if value and value.split(":", maxsplit=1)[0] not in _TRACKING_SCHEMES:
         raise ValueError("must be a URI such as https://mlflow.example.com or sqlite:////data/mlflow.db")
     return value
+
+
+def _page_address(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment:
+        raise ValueError("must be an address such as http://localhost:3000")
+    if "@" in parts.netloc:
+        raise ValueError("must have no user and password: it is a part of every message")
+    return value.rstrip("/")
+
+
+def _known_checks(value: str) -> str:
+    """Names of checks, separated by commas; each must exist."""
+    given = [name.strip() for name in value.split(",") if name.strip()]
+    known = [DEFAULT_CHECKS, *monitoring_checks()] if given else []
+    for name in given:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"names no check of monitoring: {name!r}; did you mean {nearest}? "
+                f"There are {', '.join(known)}"
+            )
+    return ",".join(dict.fromkeys(given))
 
 
 Encoder = Annotated[str, AfterValidator(_existing_encoder)]
@@ -123,6 +157,12 @@ class Settings(BaseSettings):
         validation_alias="CATALOG_TAXONOMY",
         description="Catalog taxonomy of that feed: a file, a folder of versions, an http(s) URL or an S3 "
         "prefix; CSV (category_id,parent_id,name[,name_<locale>...]), Google's or Shopify's text.",
+    )
+    corrections_feed: Annotated[str, AfterValidator(_existing_feed)] = Field(
+        default="",
+        validation_alias="CORRECTIONS_FEED",
+        description="What people decided about offers later: file, folder, glob or URI with offer_id, "
+        "category_id, decided_at (formats as of the offer feed). Empty: none; the demo feed has its own.",
     )
     home: Annotated[Path, AfterValidator(_absolute_folder)] = Field(
         default=Path(".offer_assets"),
@@ -258,6 +298,36 @@ class Settings(BaseSettings):
         validation_alias="OFFER_ASSETS_APPROVAL",
         description="Whether what passed the gate is served at once (automatic) or a person decides.",
     )
+    retrain_on_drift: Annotated[str, AfterValidator(_known_checks)] = Field(
+        default="",
+        validation_alias="OFFER_ASSETS_RETRAIN_ON_DRIFT",
+        description="Checks of drift_report and live_quality, separated by commas, whose lasting ERROR "
+        "starts a training; default: those that a training can mend. Empty: never.",
+    )
+    retrain_after_days: int = Field(
+        default=2,
+        ge=1,
+        le=28,
+        validation_alias="OFFER_ASSETS_RETRAIN_AFTER_DAYS",
+        description="On so many days in a row, the newest, such a check must be ERROR.",
+    )
+    retrain_cooldown_days: int = Field(
+        default=7,
+        ge=1,
+        validation_alias="OFFER_ASSETS_RETRAIN_COOLDOWN_DAYS",
+        description="Days from one such training to the next; drift that lasts meanwhile is told to people.",
+    )
+    alert_routes: Annotated[str, AfterValidator(_existing_file)] = Field(
+        default="",
+        validation_alias="OFFER_ASSETS_ALERT_ROUTES",
+        description="TOML file that says which alerts go to Slack, e-mail, webhooks or PagerDuty "
+        "(alerts.example.toml shows all). Empty: alerts stay in the outbox and the UI.",
+    )
+    ui_url: Annotated[str, AfterValidator(_page_address)] = Field(
+        default="http://localhost:3000",
+        validation_alias="OFFER_ASSETS_UI_URL",
+        description="Where people find the Dagster UI: links of alerts begin with it.",
+    )
     endpoint_port: int = Field(
         default=8765,
         ge=1,
@@ -285,16 +355,18 @@ class Settings(BaseSettings):
 
     @classmethod
     def from_environment(cls) -> Self:
-        """Read and check all settings.
+        """Read and check all settings, and the routes of alerts that they name.
 
         Raises:
             SettingsError: one line that names the variable, its value and what is expected.
         """
         _reject_unknown(cls)
         try:
-            return cls()
+            settings = cls()
         except ValidationError as error:
             raise SettingsError("; ".join(_explain(cls, each) for each in error.errors())) from None
+        _check_routes(settings.alert_routes)
+        return settings
 
     @property
     def is_demo(self) -> bool:
@@ -305,6 +377,11 @@ class Settings(BaseSettings):
     def tracking_uri(self) -> str:
         """Where MLflow keeps runs and models, with the default filled in."""
         return self.mlflow_tracking_uri or f"sqlite:///{self.home / 'mlflow.db'}"
+
+    @property
+    def checks_that_retrain(self) -> tuple[str, ...]:
+        """Names of the checks, and perhaps ``default``; empty where drift starts no training."""
+        return tuple(self.retrain_on_drift.split(",")) if self.retrain_on_drift else ()
 
     @model_validator(mode="after")
     def _feed_and_taxonomy_belong_together(self) -> Self:
@@ -317,6 +394,39 @@ class Settings(BaseSettings):
                 "set both, or neither for the demo feed"
             )
         return self
+
+    @model_validator(mode="after")
+    def _corrections_are_of_the_feed(self) -> Self:
+        if self.corrections_feed and self.is_demo:
+            raise ValueError(
+                "OFFER_FEED is missing: CORRECTIONS_FEED is set, and the demo feed has corrections of its "
+                "own; set OFFER_FEED and CATALOG_TAXONOMY too, or unset CORRECTIONS_FEED"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _cool_down_lasts_until_drift_can_be_seen_again(self) -> Self:
+        if self.retrain_on_drift and self.retrain_cooldown_days < self.retrain_after_days:
+            raise ValueError(
+                f"OFFER_ASSETS_RETRAIN_COOLDOWN_DAYS={self.retrain_cooldown_days} is less than "
+                f"OFFER_ASSETS_RETRAIN_AFTER_DAYS={self.retrain_after_days}: it would be over before anybody "
+                "could tell whether the training helped"
+            )
+        return self
+
+
+def variables() -> dict[str, str]:
+    """Variables of the environment and of ``.env``; what the environment says wins."""
+    in_file = {name: value or "" for name, value in dotenv_values(_ENV_FILE).items()}
+    return {**in_file, **os.environ}
+
+
+def monitoring_checks() -> list[str]:
+    """Names of the checks of ``drift_report`` and ``live_quality``."""
+    from ml.drift import questions as drift
+    from ml.quality import questions as quality
+
+    return [question.name for question in (*drift.QUESTIONS, *quality.QUESTIONS)]
 
 
 def local_path(source: str) -> str | None:
@@ -333,14 +443,26 @@ def local_path(source: str) -> str | None:
 def _reject_unknown(settings: type[Settings]) -> None:
     """A misspelt setting must not be silently ignored."""
     known = _variables(settings)
-    given = {**dotenv_values(_ENV_FILE), **os.environ}
-    for name in sorted(given):
+    for name in sorted(variables()):
         if name.startswith(_PREFIX) and name not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            # Without its value: it may be a secret that alert routes name.
             raise SettingsError(
-                f"{name}={without_secrets(given[name] or '')} is not a setting; did you mean "
-                f"{nearest}? (.env.example lists all)"
+                f"{name} is not a setting; did you mean {nearest}? (.env.example lists all; a secret that "
+                f"alert routes name must not begin with {_PREFIX})"
             )
+
+
+def _check_routes(file: str) -> None:
+    """Routes that cannot be read are told now, and not when the first alert is to be sent."""
+    if not file:
+        return
+    from resources.alert_routes import read_routes
+
+    try:
+        read_routes(file, variables())
+    except InputError as error:
+        raise SettingsError(f"OFFER_ASSETS_ALERT_ROUTES: {error}") from None
 
 
 def _variables(settings: type[Settings]) -> list[str]:

@@ -3,6 +3,7 @@
 import datetime
 import time
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlencode
 
 import dagster as dg
@@ -15,12 +16,14 @@ from ml.taxonomy_change.diff import TaxonomyDiff
 from ml.taxonomy_change.limits import TaxonomyLimits, objections
 from ml.taxonomy_change.releases import origins_are_checked, read_mapping, read_release, says_more
 from ml.taxonomy_change.transitions import Transition, Transitions
+from offer_assets import policies
 from offer_assets.instance import FEED_TAG, fail_dead_runs, feed_tag
 from offer_assets.jobs import ADOPT_TAXONOMY, FOLLOW_TAXONOMY, JOBS, REFRESH_NAMES, open_trainings
 from offer_assets.partitions import CPU
 from offer_assets.promotion import name_of
 from offer_assets.taxonomy import WAY_OUT, taxonomy_before
-from resources.alerts import Alert, Alerts
+from offer_assets.unserved_versions import refused_version_news
+from resources.alerts import Alerts, News
 from resources.artifact_store import ArtifactStore
 from resources.compute import Compute
 from resources.taxonomy_policy import TaxonomyPolicy
@@ -42,9 +45,15 @@ from sensors.taxonomy_decision import (
 )
 
 _SOURCE = "catalog_taxonomy_source"
-_SOURCE_PAGE = f"/assets/{_SOURCE}"
+_ABOUT_SOURCE: dict[str, Any] = {
+    "asset": _SOURCE,
+    "link": f"/assets/{_SOURCE}",
+    "group": policies.TAXONOMY,
+    "owners": (policies.DATA_TEAM,),
+}
 _JOBS = Jobs(adopt=ADOPT_TAXONOMY, refresh=REFRESH_NAMES, follow=FOLLOW_TAXONOMY)
 _TAKING = frozenset({ADOPT_TAXONOMY, REFRESH_NAMES, FOLLOW_TAXONOMY})
+_UNREADABLE = "taxonomy-unreadable"
 _TICKS_UNTIL_ALERT = 3
 """A source that cannot be read for a moment is no news."""
 _REFUSED_FOR_SECONDS = 3600.0
@@ -180,6 +189,7 @@ class _Watch:
         self.feed = feed_tag(store)
         self.now = time.time()
         self.cursor = _decode(context.cursor)
+        self.cursor_is_new = self.cursor.seen is None and self.cursor.outage is None
         self.events: list[dg.AssetObservation] = []
 
     def tick(self) -> dg.SensorResult:
@@ -219,14 +229,14 @@ class _Watch:
         outage = msgspec.structs.replace(outage, ticks=outage.ticks + 1)
         if outage.ticks >= _TICKS_UNTIL_ALERT:
             since = datetime.datetime.fromtimestamp(outage.since, datetime.UTC).isoformat(timespec="seconds")
-            self._raise(
-                Alert(
+            self._tell(
+                News(
                     id=f"taxonomy-unreadable:{since}",
-                    severity="ERROR",
+                    incident=_UNREADABLE,
+                    state="failing",
                     title="New releases of the taxonomy cannot be followed",
                     text=f"Since {since}: {line}. What is in force stays; the next look is in a moment.",
-                    asset=_SOURCE,
-                    link=_SOURCE_PAGE,
+                    **_ABOUT_SOURCE,
                 )
             )
         cursor = msgspec.structs.replace(self.cursor, outage=outage)
@@ -363,14 +373,15 @@ class _Watch:
     def _refuse(self, release: FoundRelease, why: str, in_force: InForce | None) -> dg.SensorResult:
         """Start nothing; tell it once."""
         base = in_force.change.version if in_force else NO_BASE
-        self._raise(
-            Alert(
-                id=f"taxonomy-refused:{release.fingerprint[:12]}:{base}",
-                severity="ERROR",
+        id = f"taxonomy-refused:{release.fingerprint[:12]}:{base}"
+        self._tell(
+            News(
+                id=id,
+                incident=id,
+                state="notice",
                 title=f"Release {release.name} of the taxonomy is refused",
                 text=f"{why} Nothing was started and what is in force stays. {WAY_OUT}",
-                asset=_SOURCE,
-                link=_SOURCE_PAGE,
+                **_ABOUT_SOURCE,
             )
         )
         return self._skip(f"release {release.name} of the taxonomy is refused: {why}")
@@ -448,15 +459,12 @@ class _Watch:
             f"model version {refused.model_version}, trained for release {request.release}, {why} and is not "
             "served; what was serving goes on serving"
         )
-        self._raise(
-            Alert(
-                id=f"taxonomy-gate:{request.fingerprint[:12]}:{refused.model_version}",
-                severity="ERROR",
+        self._tell(
+            refused_version_news(
+                refused,
                 title=f"The model for release {request.release} of the taxonomy {why}",
                 text=f"The {reason}. See the gate of model_version, then train with more labelled offers or "
                 "deliver a corrected release.",
-                asset="model_version",
-                link="/assets/model_version",
             )
         )
         return Decision(action="leave", reason=reason)
@@ -481,15 +489,20 @@ class _Watch:
         version = self._last_version(in_force) if in_force else None
         if version is None or not version.passed or version.approval != "pending":
             return
-        self._raise(
-            Alert(
-                id=f"taxonomy-waits:{version.model_version}",
+        id = f"taxonomy-waits:{version.model_version}"
+        self._tell(
+            News(
+                id=id,
+                incident=id,
+                state="notice",
                 severity="WARN",
                 title=f"The model for release {release.name} of the taxonomy waits for a decision",
                 text=f"{name_of(version)} passed the gate. Run the job decide_version, or `python -m "
                 f"offer_assets approve {version.version} --reason …`. What was serving goes on serving.",
                 asset="model_version",
                 link="/assets/model_version",
+                group=policies.RELEASE,
+                owners=(policies.ML_TEAM,),
             )
         )
 
@@ -498,20 +511,24 @@ class _Watch:
             self._cancel(run)
         request = decision.request
         if decision.action == "give_up" and request is not None:
-            self._raise(
-                Alert(
-                    id=f"taxonomy-gave-up:{request.fingerprint[:12]}:{request.base}:{request.job}",
-                    severity="ERROR",
+            id = f"taxonomy-gave-up:{request.fingerprint[:12]}:{request.base}:{request.job}"
+            self._tell(
+                News(
+                    id=id,
+                    incident=id,
+                    state="notice",
                     title=f"Release {request.release} of the taxonomy could not be followed",
                     text=f"The sensor {decision.reason}. What was serving goes on serving.",
                     asset="catalog_taxonomy",
                     link="/runs?" + urlencode({"q[0]": f"tag:{FINGERPRINT_TAG}={request.fingerprint}"}),
+                    group=policies.TAXONOMY,
+                    owners=(policies.DATA_TEAM,),
                 )
             )
         if decision.action != "start" or request is None:
             return self._skip(decision.reason)
         self.log.info(f"starting {request.job}: {decision.reason}")
-        return dg.SensorResult(
+        return self._looked(
             run_requests=[
                 dg.RunRequest(
                     run_key=request.run_key,
@@ -519,9 +536,7 @@ class _Watch:
                     tags=request.tags,
                     partition_key=CPU if request.job == FOLLOW_TAXONOMY else None,
                 )
-            ],
-            cursor=self._cursor_after_a_look(),
-            asset_events=self.events,
+            ]
         )
 
     def _cancel(self, run: KnownRun) -> None:
@@ -540,19 +555,21 @@ class _Watch:
         """Digest of the taxonomy that a model knows."""
         return self.compute.manifest(model).inputs.get("catalog_taxonomy")
 
-    def _raise(self, alert: Alert) -> None:
+    def _tell(self, news: News) -> None:
         """Tell people; what is new is also in the log and among the events of the source."""
-        if not self.alerts.raise_alert(alert):
-            return
-        tell = self.log.error if alert.severity == "ERROR" else self.log.warning
-        tell(f"{alert.title}: {alert.text}")
-        self.events.append(
-            dg.AssetObservation(
-                asset_key=_SOURCE,
-                description=alert.title,
-                metadata={"alert": alert.id, "severity": alert.severity, "text": alert.text},
+        for told in self.alerts.tell([news]):
+            is_over = told.state == "resolved"
+            tell = (
+                self.log.info if is_over else self.log.warning if told.severity == "WARN" else self.log.error
             )
-        )
+            tell(f"{told.title}: {told.text}")
+            self.events.append(
+                dg.AssetObservation(
+                    asset_key=_SOURCE,
+                    description=f"over: {told.title}" if is_over else told.title,
+                    metadata={"alert": told.id, "severity": told.severity, "text": told.text},
+                )
+            )
 
     def _observe(self, release: FoundRelease) -> None:
         self.events.append(
@@ -568,12 +585,22 @@ class _Watch:
         )
 
     def _skip(self, reason: str) -> dg.SensorResult:
-        return dg.SensorResult(
-            skip_reason=reason, cursor=self._cursor_after_a_look(), asset_events=self.events
-        )
+        return self._looked(skip_reason=reason)
 
-    def _cursor_after_a_look(self) -> str:
-        return _encode(msgspec.structs.replace(self.cursor, outage=None))
+    def _looked(self, **result: Any) -> dg.SensorResult:
+        """The result of a tick that could look: what kept earlier ones from it is over."""
+        outage = self.cursor.outage
+        if self.cursor_is_new or (outage is not None and outage.ticks >= _TICKS_UNTIL_ALERT):
+            self._tell(
+                News(
+                    id=f"taxonomy-readable:{self.now:.3f}",
+                    incident=_UNREADABLE,
+                    state="resolved",
+                    text="They can be read again.",
+                )
+            )
+        cursor = _encode(msgspec.structs.replace(self.cursor, outage=None))
+        return dg.SensorResult(**result, cursor=cursor, asset_events=self.events)
 
 
 def _known(run: dg.DagsterRun) -> KnownRun:

@@ -12,9 +12,14 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
-def system_program(name: str) -> str:
-    """Path of a system program; without it the test is skipped, or fails where that is required (CI)."""
-    path = shutil.which(name)
+def system_program(name: str, path: str | None = None) -> str:
+    """Path of a system program; without it the test is skipped, or fails where that is required (CI).
+
+    Args:
+        name: Of the program.
+        path: Folders to look in, where they are not those of PATH.
+    """
+    path = shutil.which(name, path=path)
     if path is None:
         reason = f"{name} is not installed"
         if os.environ.get("REQUIRE_SYSTEM_PACKAGES"):

@@ -34,6 +34,9 @@ TAXONOMY_FOLDER = "taxonomy"
 _SETTINGS_KEY = b"demo_feed"
 """Under this key the settings of a feed are kept in its files, for the days that follow."""
 
+_DRIFTED_KEY = b"demo_feed_drifted"
+"""Only in the file of a day that drifted."""
+
 
 class _Settings(msgspec.Struct, frozen=True):
     seed: int
@@ -66,6 +69,11 @@ class DemoFeed:
         for number in range(-(-self.offers_per_day // CHUNK_OFFERS)):
             yield self._maker.chunk(day, number, drifted=drifted)
 
+    def true_categories(self, day: datetime.date, *, drifted: bool = False) -> pa.Table:
+        """``offer_id`` and true ``category_id`` of the first ``CHUNK_OFFERS`` offers of ``day``."""
+        chunk = self._maker.chunk(day, 0, drifted=drifted, truth=True)
+        return chunk.select(["offer_id", "category_id"])
+
     def write_day(
         self, folder: Path, day: datetime.date, drifted: bool = False, progress: Progress | None = None
     ) -> Path:
@@ -83,7 +91,7 @@ class DemoFeed:
         """
         path = folder / _file_name(day)
         with (
-            _in_one_step(path) as partial,
+            in_one_step(path) as partial,
             (progress or Progress("demo-feed")).bar(path.name, self.offers_per_day, "offers") as bar,
         ):
             writer: pq.ParquetWriter | None = None
@@ -91,6 +99,8 @@ class DemoFeed:
                 for chunk in self.chunks(day, drifted=drifted):
                     if writer is None:
                         settings = {_SETTINGS_KEY: msgspec.json.encode(self._settings)}
+                        if drifted:
+                            settings[_DRIFTED_KEY] = b"true"
                         writer = pq.ParquetWriter(
                             partial, chunk.schema.with_metadata(settings), compression="zstd"
                         )
@@ -133,6 +143,11 @@ def days_in(folder: Path) -> list[datetime.date]:
     """Days whose file lies in ``folder``, in order."""
     found = (path.stem.removeprefix("offers-") for path in folder.glob("offers-????-??-??.parquet"))
     return sorted(datetime.date.fromisoformat(text) for text in found)
+
+
+def has_drifted(folder: Path, day: datetime.date) -> bool:
+    """Whether the day whose file lies in ``folder`` was written as one that drifted."""
+    return _DRIFTED_KEY in (pq.read_schema(folder / _file_name(day)).metadata or {})
 
 
 def taxonomy_versions_in(folder: Path) -> list[int]:
@@ -253,12 +268,12 @@ def _write_once(path: Path, text: str) -> None:
     """Write ``text`` in one step, unless it is there already."""
     content = text.encode()
     if not path.exists() or path.read_bytes() != content:
-        with _in_one_step(path) as partial:
+        with in_one_step(path) as partial:
             partial.write_bytes(content)
 
 
 @contextmanager
-def _in_one_step(path: Path) -> Iterator[Path]:
+def in_one_step(path: Path) -> Iterator[Path]:
     """A path to write to, which takes the place of ``path`` when all went well, and vanishes otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")

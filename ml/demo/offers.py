@@ -73,8 +73,11 @@ class OfferMaker:
         self.shops = make_shops(seed, kinds())
         self.tables = KindTables()
 
-    def chunk(self, day: datetime.date, number: int, *, drifted: bool) -> pa.Table:
-        """Chunk ``number`` (from 0) of ``day``: up to ``CHUNK_OFFERS`` offers, every column as text."""
+    def chunk(self, day: datetime.date, number: int, *, drifted: bool, truth: bool = False) -> pa.Table:
+        """Chunk ``number`` (from 0) of ``day``: up to ``CHUNK_OFFERS`` offers, every column as text.
+
+        With ``truth`` every offer has its true category, instead of some a human label.
+        """
         first = number * CHUNK_OFFERS
         rows = np.arange(first, min(first + CHUNK_OFFERS, self._offers_per_day), dtype=np.uint64)
         row_draws = Draws(f"{self._seed} {day} {drifted}", rows)
@@ -105,7 +108,7 @@ class OfferMaker:
                 "shop_id": self.shops.ids.take(shop),
                 **columns.texts(),
                 **columns.facts(product_keys, slots),
-                "category_id": self._human_labels(kind, listing),
+                "category_id": self._labels.take(kind) if truth else self._human_labels(kind, listing),
             }
         )
         table = table.select([column.name for column in FEED_COLUMNS])

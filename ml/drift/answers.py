@@ -17,19 +17,18 @@ Level = Literal["OK", "WARN", "ERROR", "UNKNOWN"]
 Kind = Literal["share", "count", "number"]
 """A share of offers, a number of offers, or the mean of a number over offers."""
 
-SERIES_SCHEMA = pa.schema(
-    [
-        ("day", pa.string()),  # ISO date
-        ("question", pa.string()),
-        ("measure", pa.string()),  # in words, e.g. "title length"
-        ("group", pa.string()),  # "" for all offers, or e.g. "country DE"
-        ("segment", pa.string()),  # value or range whose share it is; "" for counts of all and for numbers
-        ("kind", pa.string()),  # of :data:`Kind`
-        ("value", pa.float64()),  # share 0..1, count, or mean
-        ("offers", pa.float64()),  # behind a share or mean; of a count, the count
-        ("deviation", pa.float64()),  # of a mean: standard deviation of one offer's number; else null
-    ]
-)
+_SERIES_COLUMNS: dict[str, pa.DataType] = {
+    "day": pa.string(),  # ISO date
+    "question": pa.string(),
+    "measure": pa.string(),  # in words, e.g. "title length"
+    "group": pa.string(),  # "" for all offers, or e.g. "country DE"
+    "segment": pa.string(),  # value or range whose share it is; "" for counts of all and for numbers
+    "kind": pa.string(),  # of :data:`Kind`
+    "value": pa.float64(),  # share 0..1, count, or mean
+    "offers": pa.float64(),  # behind a share or mean; of a count, the count
+    "deviation": pa.float64(),  # of a mean: standard deviation of one offer's number; else null
+}
+SERIES_SCHEMA = pa.schema(_SERIES_COLUMNS)
 """One row per series and day. A series is told by question, measure, group and segment."""
 
 

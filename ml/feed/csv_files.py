@@ -1,4 +1,4 @@
-"""Reads an offer feed in CSV: one record after the other, none lost to its neighbour's mistakes."""
+"""Reads a feed in CSV: one record after the other, none lost to its neighbour's mistakes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import IO
 import pyarrow as pa
 
 from ml.feed.rows import (
-    FEED_COLUMN_NAMES,
     INVALID_ENCODING,
     MALFORMED_ROW,
     MAX_LINE_BYTES,
+    OFFERS,
     UTF_8_MARK,
     Batcher,
+    Layout,
     UnusableFileError,
     check_is_utf_8_text,
     check_names_are_unique,
@@ -28,21 +29,23 @@ _MAX_RECORD_LINES = 2_000
 """A quoted value with more line breaks than this is taken for a quote that was never closed."""
 
 
-def read_csv(file: IO[bytes], uri: str, ignored: set[str]) -> Iterator[pa.RecordBatch]:
+def read_csv(
+    file: IO[bytes], uri: str, ignored: set[str], layout: Layout = OFFERS
+) -> Iterator[pa.RecordBatch]:
     """CSV with a header; the delimiter is found by which of ``, ; tab |`` gives known columns.
 
     A record is one or more lines (quoted values may hold line breaks). Where a record turns out
     wrong, only its first line is given up, and reading goes on with the next: one stray quote does
     not swallow the rest of the file.
     """
-    lines = _Lines(file)
+    lines = _Lines(file, layout.rows)
     first = lines.header()
-    header, delimiter = _csv_header(first)
-    places = _places(header, ignored)
+    header, delimiter = _csv_header(first, layout)
+    places = _places(header, ignored, layout)
     width = len(header)
     csv.field_size_limit(MAX_LINE_BYTES)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    batcher = Batcher(uri)
+    batcher = Batcher(uri, layout)
     while True:
         lines.begin_record()
         try:
@@ -77,8 +80,9 @@ class _Lines:
     does not depend on them.
     """
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: IO[bytes], rows: str) -> None:
         self._file = file
+        self._rows = rows
         self._again: list[str] = []
         self._record: list[str] = []
         self._has_met_other_bytes = False
@@ -91,7 +95,7 @@ class _Lines:
         while not first.strip():
             first = self._file.readline(MAX_LINE_BYTES)
             if not first:
-                raise UnusableFileError("is empty, expected a header line and offers")
+                raise UnusableFileError(f"is empty, expected a header line and {self._rows}")
         try:
             return first.decode()
         except UnicodeDecodeError:
@@ -148,7 +152,7 @@ class _Lines:
         return line
 
 
-def _csv_header(line: str) -> tuple[list[str], str]:
+def _csv_header(line: str, layout: Layout) -> tuple[list[str], str]:
     """Column names (lower case, trimmed) and the delimiter that leads to most known ones."""
     candidates = []
     for delimiter in _DELIMITERS:
@@ -157,17 +161,17 @@ def _csv_header(line: str) -> tuple[list[str], str]:
         except csv.Error as error:
             raise UnusableFileError(f"has a header line that is not CSV: {error}") from None
         header = [name.strip().lower() for name in names]
-        candidates.append((len(set(header) & set(FEED_COLUMN_NAMES)), header, delimiter))
+        candidates.append((len(set(header) & set(layout.columns)), header, delimiter))
     _, header, delimiter = max(candidates, key=lambda candidate: candidate[0])
     return header, delimiter
 
 
-def _places(header: list[str], ignored: set[str]) -> list[int | None]:
+def _places(header: list[str], ignored: set[str], layout: Layout) -> list[int | None]:
     """Where in a record each feed column is, None if it is absent."""
     check_names_are_unique(header)
-    check_needed_columns(set(header))
-    ignored |= {name for name in header if name} - set(FEED_COLUMN_NAMES)
-    return [header.index(name) if name in header else None for name in FEED_COLUMN_NAMES]
+    check_needed_columns(set(header), layout)
+    ignored |= {name for name in header if name} - set(layout.columns)
+    return [header.index(name) if name in header else None for name in layout.columns]
 
 
 def _is_text(line: str) -> bool:

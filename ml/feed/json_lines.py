@@ -1,4 +1,4 @@
-"""Reads an offer feed in JSON lines: one object a line."""
+"""Reads a feed in JSON lines: one object a line."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import msgspec
 import pyarrow as pa
 
 from ml.feed.rows import (
-    FEED_COLUMN_NAMES,
     INVALID_ENCODING,
     MALFORMED_ROW,
     MAX_LINE_BYTES,
+    OFFERS,
     UTF_8_MARK,
     Batcher,
+    Layout,
     Row,
     UnusableFileError,
     check_is_utf_8_text,
@@ -30,10 +31,12 @@ _MAX_LAYOUTS = 1_000
 _ENCODER = msgspec.json.Encoder(decimal_format="number")
 
 
-def read_json_lines(file: IO[bytes], uri: str, ignored: set[str]) -> Iterator[pa.RecordBatch]:
+def read_json_lines(
+    file: IO[bytes], uri: str, ignored: set[str], layout: Layout = OFFERS
+) -> Iterator[pa.RecordBatch]:
     """One JSON object a line. Numbers keep the digits they were written with; nested values stay JSON."""
-    batcher = Batcher(uri)
-    reader = _JsonLines()
+    batcher = Batcher(uri, layout)
+    reader = _JsonLines(layout)
     is_checked = False
     line = file.readline(MAX_LINE_BYTES)
     check_is_utf_8_text(line)
@@ -46,28 +49,29 @@ def read_json_lines(file: IO[bytes], uri: str, ignored: set[str]) -> Iterator[pa
         if not line.isspace():
             reader.read(line, batcher)
         if batcher.is_full:
-            _check_columns(reader.names)
+            _check_columns(reader.names, layout)
             is_checked = True
             yield batcher.take()
         line = file.readline(MAX_LINE_BYTES)
     if batcher.rows:
         if not is_checked:
-            _check_columns(reader.names)
+            _check_columns(reader.names, layout)
         yield batcher.take()
-    ignored |= reader.names - set(FEED_COLUMN_NAMES)
+    ignored |= reader.names - set(layout.columns)
 
 
-def _check_columns(names: set[str]) -> None:
+def _check_columns(names: set[str], layout: Layout) -> None:
     """Names vary from line to line; that of a needed column has to turn up in the first batch."""
     if not names:
         raise UnusableFileError("starts with lines that are no JSON objects; is it JSON lines?")
-    check_needed_columns(names)
+    check_needed_columns(names, layout)
 
 
 class _JsonLines:
     """Turns lines into rows; knows which names it has seen."""
 
-    def __init__(self) -> None:
+    def __init__(self, layout: Layout) -> None:
+        self._columns = layout.columns
         self.names: set[str] = set()
         self._decode: Callable[[bytes], Any] = msgspec.json.Decoder(float_hook=Decimal).decode
         self._layouts: dict[tuple[str, ...], list[str | None] | None] = {}
@@ -102,7 +106,7 @@ class _JsonLines:
             )
 
     def _row(self, value: Any) -> Row | None:
-        """The offer in a decoded line; None if it is no object or names a column twice."""
+        """The row in a decoded line; None if it is no object or names a column twice."""
         if not isinstance(value, dict):
             return None
         keys = tuple(value)
@@ -120,7 +124,7 @@ class _JsonLines:
         if len(by_name) < len(keys):
             return None
         self.names.update(map(escaped, by_name))
-        return [by_name.get(name) for name in FEED_COLUMN_NAMES]
+        return [by_name.get(name) for name in self._columns]
 
 
 def _json_text(value: Any) -> str | None:

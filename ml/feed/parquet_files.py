@@ -1,4 +1,4 @@
-"""Reads an offer feed in Parquet: whatever the types of its columns, text comes out."""
+"""Reads a feed in Parquet: whatever the types of its columns, text comes out."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 
 from ml.feed.rows import (
     BATCH_ROWS,
-    FEED_COLUMN_NAMES,
     INVALID_ENCODING,
-    RAW_SCHEMA,
+    OFFERS,
+    Layout,
     check_names_are_unique,
     check_needed_columns,
 )
@@ -30,31 +30,38 @@ _HOLDS_BYTES = (
 
 
 def read_parquet(
-    file: IO[bytes], uri: str, ignored: set[str], columns: Sequence[str] = FEED_COLUMN_NAMES
+    file: IO[bytes],
+    uri: str,
+    ignored: set[str],
+    layout: Layout = OFFERS,
+    columns: Sequence[str] | None = None,
 ) -> Iterator[pa.RecordBatch]:
     """Every column is turned into text, nested ones into JSON.
 
-    Only ``columns`` are read, of which at least one must be a needed one; the others come out null.
+    Only ``columns`` (all of the layout if not given) are read, of which at least one must be a needed one;
+    the others come out null.
     """
     parquet = pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
     schema = parquet.schema_arrow
     names = [name.strip().lower() for name in schema.names]
     check_names_are_unique(names)
     by_name = dict(zip(names, schema.names, strict=True))
-    check_needed_columns(set(by_name))
-    ignored |= set(by_name) - set(FEED_COLUMN_NAMES)
-    wanted = {name: by_name[name] for name in columns if name in by_name}
+    check_needed_columns(set(by_name), layout)
+    ignored |= set(by_name) - set(layout.columns)
+    wanted = {name: by_name[name] for name in columns or layout.columns if name in by_name}
     row = 1
     for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=list(wanted.values())):
-        yield _raw_batch(batch, wanted, uri, row)
+        yield _raw_batch(batch, wanted, uri, row, layout)
         row += batch.num_rows
 
 
-def _raw_batch(batch: pa.RecordBatch, wanted: dict[str, str], uri: str, first_row: int) -> pa.RecordBatch:
+def _raw_batch(
+    batch: pa.RecordBatch, wanted: dict[str, str], uri: str, first_row: int, layout: Layout
+) -> pa.RecordBatch:
     count = batch.num_rows
     columns: dict[str, pa.Array[Any]] = {}
     wrong: set[int] = set()
-    for name in FEED_COLUMN_NAMES:
+    for name in layout.columns:
         if name in wanted:
             columns[name], places = _text_column(batch.column(wanted[name]))
             wrong.update(places)
@@ -76,7 +83,7 @@ def _raw_batch(batch: pa.RecordBatch, wanted: dict[str, str], uri: str, first_ro
             pa.array(problems, pa.string()),
             pa.array(contents, pa.string()),
         ],
-        schema=RAW_SCHEMA,
+        schema=layout.schema,
     )
 
 

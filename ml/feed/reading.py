@@ -27,7 +27,15 @@ from ml.errors import InputError
 from ml.feed.csv_files import read_csv
 from ml.feed.json_lines import read_json_lines
 from ml.feed.parquet_files import read_parquet
-from ml.feed.rows import INVALID_ENCODING, MALFORMED_ROW, RAW_SCHEMA, UnusableFileError, first_line
+from ml.feed.rows import (
+    INVALID_ENCODING,
+    MALFORMED_ROW,
+    OFFERS,
+    RAW_SCHEMA,
+    Layout,
+    UnusableFileError,
+    first_line,
+)
 from ml.feed.source import open_source, uncompressed, unreachable
 from ml.offers import timestamp_sql, trimmed_sql
 from ml.stages import FeedFile, RawOffersParameters
@@ -58,11 +66,16 @@ _BUFFER_BYTES = 1 << 20
 _ROW_GROUP_ROWS = 65_536
 _ROW_GROUP_BYTES = 128 << 20
 _MAX_FILES_SHOWN = 5
+_NOWHERE = "points nowhere: there is no such file or folder"
 _MAX_IGNORED_SHOWN = 100
 
 
 class BrokenFileError(InputError):
     """A file of the feed cannot be used, however often it is read: truncated, say, or not UTF-8."""
+
+
+class NoFilesError(InputError):
+    """The place of the feed is there, and no file lies in it (yet)."""
 
 
 class FileProfile(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,25 +88,27 @@ class FileProfile(msgspec.Struct, frozen=True, kw_only=True):
     """Offers whose ``offered_at`` is absent or cannot be understood: they belong to the day of loading."""
 
 
-def discover_files(feed: str) -> list[str]:
+def discover_files(feed: str, setting: str = "OFFER_FEED", rows: str = "offers") -> list[str]:
     """The files that a feed is made of, sorted.
 
     Args:
         feed: File, folder (searched with its subfolders; names that begin with ``.`` or ``_`` are
             left out, and so are files of other formats, such as a README, if there are offers beside
             them), glob, or a URI of one of these on any file system that fsspec knows.
+        setting: What messages call the feed.
+        rows: What they call its rows.
 
     Returns:
         Absolute paths of local files, full URIs of others.
 
     Raises:
-        InputError: the feed points nowhere, matches nothing, names a file of unknown format, or is a
-            folder with no other files.
+        NoFilesError: the feed is a glob that matches nothing, or a folder without files.
+        InputError: it points nowhere, names a file of unknown format, or is a folder with no other files.
     """
     import fsspec
 
     if not feed.strip():
-        raise InputError("OFFER_FEED is empty; give a file, folder, glob or URI of offers")
+        raise InputError(f"{setting} is empty; give a file, folder, glob or URI of {rows}")
     try:
         filesystem, path = fsspec.core.url_to_fs(feed)
         if _GLOB_CHARACTERS & set(path) and not filesystem.exists(path):
@@ -103,17 +118,18 @@ def discover_files(feed: str) -> list[str]:
             what = "is a folder without files"
             found = _offer_files(name for name in filesystem.find(path) if not _is_hidden(name, path))
         else:
-            what = "points nowhere: there is no such file or folder"
+            what = _NOWHERE
             found = [path] if filesystem.isfile(path) else []
     except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"OFFER_FEED={feed} cannot be looked at: {first_line(error)}") from None
+        raise InputError(f"{setting}={feed} cannot be looked at: {first_line(error)}") from None
     if not found:
-        raise InputError(f"OFFER_FEED={feed} {what}; looked for {_KNOWN_EXTENSIONS}")
+        kind = InputError if what == _NOWHERE else NoFilesError
+        raise kind(f"{setting}={feed} {what}; looked for {_KNOWN_EXTENSIONS}")
     for name in found:
         if _extension(name) not in _READERS:
             raise InputError(
-                f"OFFER_FEED={feed}: {name} is of no known format, expected {_KNOWN_EXTENSIONS}; "
-                "name the offers by a folder or a narrower glob"
+                f"{setting}={feed}: {name} is of no known format, expected {_KNOWN_EXTENSIONS}; "
+                f"name the {rows} by a folder or a narrower glob"
             )
     is_local = "file" in filesystem.protocol
     return sorted(name if is_local else filesystem.unstrip_protocol(name) for name in found)
@@ -153,15 +169,18 @@ def profile_file(uri: str) -> FileProfile:
     )
 
 
-def read_batches(uri: str, ignored: set[str] | None = None) -> Iterator[pa.RecordBatch]:
-    """All offers of a file as delivered, in its order, with constant memory.
+def read_batches(
+    uri: str, ignored: set[str] | None = None, layout: Layout = OFFERS
+) -> Iterator[pa.RecordBatch]:
+    """All rows of a file as delivered, in its order, with constant memory.
 
     Args:
         uri: Path or URI of a Parquet, CSV or JSON lines file, gzipped or not.
-        ignored: Set that gets the names of the columns that are not part of a feed.
+        ignored: Set that gets the names of the columns that are not part of the feed.
+        layout: Columns of the feed.
 
     Yields:
-        Batches of :data:`ml.feed.rows.RAW_SCHEMA`: every feed column as text (null where absent),
+        Batches of the layout's schema: every feed column as text (null where absent),
         ``source_file``, ``source_row`` (from 1, header and blank lines not counted), ``problem``
         (``malformed_row``, ``invalid_encoding`` or null) and ``content`` (the original of such a row).
 
@@ -172,7 +191,7 @@ def read_batches(uri: str, ignored: set[str] | None = None) -> Iterator[pa.Recor
         InputError: the file cannot be reached, or not to its end: missing, forbidden, network down.
             One line that names it.
     """
-    yield from _read(uri, set() if ignored is None else ignored)
+    yield from _read(uri, set() if ignored is None else ignored, layout=layout)
 
 
 def write_raw_offers(context: StageContext, parameters: RawOffersParameters) -> dict[str, Any]:
@@ -313,7 +332,9 @@ class _Writer:
             self._waiting = []
 
 
-def _read(uri: str, ignored: set[str], columns: tuple[str, ...] | None = None) -> Iterator[pa.RecordBatch]:
+def _read(
+    uri: str, ignored: set[str], columns: tuple[str, ...] | None = None, layout: Layout = OFFERS
+) -> Iterator[pa.RecordBatch]:
     """Open ``uri``, undo gzip, read it in its format; whatever breaks becomes an InputError naming it."""
     extension = _extension(uri)
     if extension not in _READERS:
@@ -326,9 +347,9 @@ def _read(uri: str, ignored: set[str], columns: tuple[str, ...] | None = None) -
             if uri.lower().endswith(".gz"):
                 file = stack.enter_context(uncompressed(file, seekable=is_parquet))
             if is_parquet and columns is not None:
-                yield from read_parquet(file, uri, ignored, columns)
+                yield from read_parquet(file, uri, ignored, layout, columns)
             else:
-                yield from _READERS[extension](file, uri, ignored)
+                yield from _READERS[extension](file, uri, ignored, layout)
         except UnusableFileError as error:
             raise BrokenFileError(f"{uri} {error}") from None
         except Exception as error:

@@ -1,10 +1,12 @@
-"""Rows of an offer feed as every format delivers them, and what all formats ask of a file.
+"""Rows of a feed as every format delivers them, and what all formats ask of a file.
 
 A row that cannot be understood is still a row: it is delivered with its ``problem`` and its original
 ``content``. Only what makes a whole file unusable raises.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import pyarrow as pa
 
@@ -13,18 +15,38 @@ from ml.offers import FEED_COLUMNS
 MALFORMED_ROW = "malformed_row"
 INVALID_ENCODING = "invalid_encoding"
 
-FEED_COLUMN_NAMES = tuple(column.name for column in FEED_COLUMNS)
-NEEDED_COLUMN_NAMES = tuple(column.name for column in FEED_COLUMNS if column.needed)
 
-_RAW_TYPES: dict[str, pa.DataType] = {
-    **dict.fromkeys(FEED_COLUMN_NAMES, pa.string()),
-    "source_file": pa.string(),
-    "source_row": pa.int64(),
-    "problem": pa.string(),
-    "content": pa.string(),
-}
-RAW_SCHEMA = pa.schema(_RAW_TYPES)
-"""An offer as delivered: every column as text, where it came from, and what was wrong with its row."""
+@dataclass(frozen=True)
+class Layout:
+    """Which columns a feed has."""
+
+    rows: str
+    """What messages call its rows, e.g. ``offers``."""
+    columns: tuple[str, ...]
+    needed: tuple[str, ...]
+    """Those without which a file cannot be used."""
+
+    @property
+    def schema(self) -> pa.Schema:
+        """A row as delivered: every column as text, where it came from, and what was wrong with it."""
+        types: dict[str, pa.DataType] = {
+            **dict.fromkeys(self.columns, pa.string()),
+            "source_file": pa.string(),
+            "source_row": pa.int64(),
+            "problem": pa.string(),
+            "content": pa.string(),
+        }
+        return pa.schema(types)
+
+
+OFFERS = Layout(
+    rows="offers",
+    columns=tuple(column.name for column in FEED_COLUMNS),
+    needed=tuple(column.name for column in FEED_COLUMNS if column.needed),
+)
+FEED_COLUMN_NAMES = OFFERS.columns
+RAW_SCHEMA = OFFERS.schema
+"""An offer as delivered."""
 
 BATCH_ROWS = 16_384
 BATCH_BYTES = 32 << 20
@@ -36,7 +58,7 @@ UTF_8_MARK = b"\xef\xbb\xbf"
 _UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 Row = list[str | None]
-"""Values of one offer in the order of :data:`FEED_COLUMN_NAMES`."""
+"""Values of one row in the order of its layout."""
 
 
 class UnusableFileError(Exception):
@@ -46,8 +68,10 @@ class UnusableFileError(Exception):
 class Batcher:
     """Gathers rows into batches."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, layout: Layout = OFFERS) -> None:
         self._uri = uri
+        self._layout = layout
+        self._schema = layout.schema
         self._next_row = 1
         self._clear()
 
@@ -66,7 +90,7 @@ class Batcher:
 
     def add_problem(self, problem: str, content: str, row: Row | None = None) -> None:
         """A row with something wrong, and its values as far as they are known."""
-        self._rows.append(row or [None] * len(FEED_COLUMN_NAMES))
+        self._rows.append(row or [None] * len(self._layout.columns))
         self._problems.append(problem)
         self._contents.append(content)
         self._bytes += 2 * len(content)
@@ -93,7 +117,7 @@ class Batcher:
                 pa.array(self._problems, pa.string()),
                 pa.array(self._contents, pa.string()),
             ],
-            schema=RAW_SCHEMA,
+            schema=self._schema,
         )
         self._next_row += count
         self._clear()
@@ -106,9 +130,9 @@ def check_names_are_unique(names: list[str]) -> None:
         raise UnusableFileError(f"has more than one column {', '.join(doubled)}; name each once")
 
 
-def check_needed_columns(present: set[str]) -> None:
+def check_needed_columns(present: set[str], layout: Layout = OFFERS) -> None:
     """Raise :class:`UnusableFileError` if a needed column is not among ``present``."""
-    if missing := [name for name in NEEDED_COLUMN_NAMES if name not in present]:
+    if missing := [name for name in layout.needed if name not in present]:
         shown = ", ".join(sorted(name for name in present if name)) or "none"
         raise UnusableFileError(f"has no column {', '.join(missing)}; its columns are {shown}")
 

@@ -134,13 +134,13 @@ def write_evaluation_set(context: StageContext, parameters: EvaluationSetParamet
 
 
 def write_training_sample(context: StageContext, parameters: TrainingSampleParameters) -> dict[str, Any]:
-    """Write ``labelled.parquet`` (with ``split``), ``unlabelled.parquet`` and ``reference.parquet``.
+    """Write ``labelled.parquet`` (with ``split``) and ``unlabelled.parquet``.
 
     Labelled offers are capped per product and per category; where they are still too many in all,
     every category keeps a share in proportion to the square root of its size, and at least one
     offer as long as there is room. Weak labels fill the room that others leave under the caps; they
-    and labels moved by evidence are trained on, never validated on. Unlabelled and reference offers are
-    drawn uniformly; of an offer delivered on several days the newest version counts.
+    and labels moved by evidence are trained on, never validated on. Unlabelled offers are drawn
+    uniformly; of an offer delivered on several days the newest version counts.
 
     Returns:
         Counts per file and split, ``categories``, ``categories_with_fewer_than_10``, ``migrated``,
@@ -168,7 +168,6 @@ def write_training_sample(context: StageContext, parameters: TrainingSampleParam
         _choose_labelled(database, parameters, split)
         _check_learnable(database)
         _choose_unlabelled(database, parameters, split)
-        _choose_newest(database, "reference", "SELECT * FROM keyed", parameters.reference, parameters.seed)
 
         labelled_path = context.output / "labelled.parquet"
         labels = ["category_id", *(field.name for field in (*_LABEL_FIELDS, _CONFIDENCE_FIELD))]
@@ -186,9 +185,6 @@ def write_training_sample(context: StageContext, parameters: TrainingSampleParam
             f"SELECT * REPLACE (NULL::VARCHAR AS category_id) FROM ({_rows_of('unlabelled_chosen')})",
             context.output / "unlabelled.parquet",
         )
-        reference = _write_offers(
-            database, _rows_of("reference_chosen"), context.output / "reference.parquet"
-        )
         database.execute(
             "CREATE TEMP VIEW sampled AS SELECT category_id, label_source "
             f"FROM read_parquet({_literal(labelled_path)})"
@@ -197,7 +193,6 @@ def write_training_sample(context: StageContext, parameters: TrainingSampleParam
             "labelled": splits["train"] + splits["validation"],
             **splits,
             "unlabelled": unlabelled,
-            "reference": reference,
             **_label_counts(database),
             "split_by": split.split_by,
             "text_version": TEXT_VERSION,
@@ -462,35 +457,23 @@ def _check_learnable(database: duckdb.DuckDBPyConnection) -> None:
 def _choose_unlabelled(
     database: duckdb.DuckDBPyConnection, parameters: TrainingSampleParameters, split: Split
 ) -> None:
-    """Table ``unlabelled_chosen``: offers without a label, not held out, like none in the evaluation set."""
-    _choose_newest(
-        database,
-        "unlabelled",
-        f"""SELECT * FROM keyed
-            ANTI JOIN (FROM labelled UNION ALL BY NAME FROM labelled_chosen) AS known USING (offer_id)
-            {_not_measured(split.shared_columns)}
-            WHERE NOT held_out OR group_key IN (FROM training_only)""",
-        parameters.unlabelled,
-        parameters.seed,
-    )
+    """Table ``unlabelled_chosen``: offers without a label, not held out, like none in the evaluation set.
 
-
-def _choose_newest(
-    database: duckdb.DuckDBPyConnection, purpose: str, query: str, offers: int, seed: int
-) -> None:
-    """Table ``<purpose>_chosen``: ``offers`` offers drawn uniformly, each in its newest version.
-
-    An offer comes at most once a day and all its versions have the same draw, so the first
-    ``offers`` x days rows hold every version of the first ``offers`` offers, whatever their number:
-    the heap of the sort stays that small.
+    Drawn uniformly, each in its newest version. An offer comes at most once a day and all its versions
+    have the same draw, so the first ``unlabelled`` x days rows hold every version of the first
+    ``unlabelled`` offers, whatever their number: the heap of the sort stays that small.
     """
     days = _scalar(database, "SELECT count(DISTINCT delivered_on) FROM delivered")
     database.execute(f"""
-        CREATE TEMP TABLE {purpose}_chosen AS
+        CREATE TEMP TABLE unlabelled_chosen AS
         SELECT offer_id, max(delivered_on) AS delivered_on FROM (
-            SELECT offer_id, delivered_on, md5('{seed}:{purpose}:' || offer_id) AS lot FROM ({query})
-            ORDER BY lot, offer_id LIMIT {offers * max(days, 1)})
-        GROUP BY offer_id, lot ORDER BY lot, offer_id LIMIT {offers}""")
+            SELECT offer_id, delivered_on, md5('{parameters.seed}:unlabelled:' || offer_id) AS lot
+            FROM keyed
+            ANTI JOIN (FROM labelled UNION ALL BY NAME FROM labelled_chosen) AS known USING (offer_id)
+            {_not_measured(split.shared_columns)}
+            WHERE NOT held_out OR group_key IN (FROM training_only)
+            ORDER BY lot, offer_id LIMIT {parameters.unlabelled * max(days, 1)})
+        GROUP BY offer_id, lot ORDER BY lot, offer_id LIMIT {parameters.unlabelled}""")
 
 
 def _label_counts(database: duckdb.DuckDBPyConnection) -> dict[str, int]:

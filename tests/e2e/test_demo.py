@@ -31,7 +31,10 @@ ASSETS = {
     "student_evaluation",
     "compiled_student",
     "catalogued_offers",
+    "drift_reference",
     "drift_report",
+    "corrections",
+    "live_quality",
 }
 
 
@@ -130,7 +133,7 @@ def test_classify_by_hand_agrees_with_the_endpoint(demo: Demo, tmp_path: Path) -
 
 
 def test_a_drifted_day_ends_in_a_failed_check_with_its_report(drifted: Answer) -> None:
-    assert "check no_drift failed (ERROR)" in drifted.text
+    assert "check volume_is_usual failed (ERROR)" in drifted.text
     report = re.search(r"Report: (\S+)", drifted.text).group(1)
     assert "<html" in Path(report).read_text(encoding="utf-8")[:2000].lower()
 

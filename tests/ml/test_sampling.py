@@ -113,14 +113,12 @@ def test_nothing_is_on_both_sides_and_caps_hold(tmp_path_factory, feed, split_by
         cap_per_product=4,
         labelled=9,
         unlabelled=5,
-        reference=7,
         validation_share=0.3,
         seed=seed,
     )
     measured = rows_of(evaluation / "offers.parquet")
     labelled = rows_of(training / "labelled.parquet")
     unlabelled = rows_of(training / "unlabelled.parquet")
-    reference = rows_of(training / "reference.parquet")
     train = [row for row in labelled if row["split"] == "train"]
     validation = [row for row in labelled if row["split"] == "validation"]
 
@@ -137,7 +135,6 @@ def test_nothing_is_on_both_sides_and_caps_hold(tmp_path_factory, feed, split_by
     assert len(unlabelled) <= 5
 
     delivered = {row["offer_id"]: row for day in sorted(feed) for row in feed[day]}
-    assert len(reference) == min(7, len(delivered))
     assert len(train) + len(validation) == len(labelled)
     assert metrics["labelled"] == len(labelled)
     assert metrics["train"] == len(train)
@@ -145,7 +142,7 @@ def test_nothing_is_on_both_sides_and_caps_hold(tmp_path_factory, feed, split_by
     assert evaluation_metrics["offers"] == len(measured)
     assert {row["category_id"] for row in measured + labelled} <= set(CATEGORIES)
     assert {row["category_id"] for row in unlabelled} <= {None}
-    for rows in (measured, labelled, unlabelled, reference):
+    for rows in (measured, labelled, unlabelled):
         ids = [row["offer_id"] for row in rows]
         assert ids == sorted(set(ids))
         assert set(ids) <= set(delivered)
@@ -266,7 +263,6 @@ def test_the_newest_version_of_an_offer_counts_and_a_label_is_not_lost(tmp_path)
         *rows_of(evaluation / "offers.parquet"),
         *rows_of(training / "labelled.parquet"),
         *rows_of(training / "unlabelled.parquet"),
-        *rows_of(training / "reference.parquet"),
     ]
     for row in everything:
         is_older = row["offer_id"] == labelled["offer_id"] and row["category_id"] is not None

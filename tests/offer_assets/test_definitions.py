@@ -51,7 +51,12 @@ UPSTREAM = {
     "model_version": {"student_evaluation", "compiled_student", "taxonomy_change"},
     "offer_endpoint": {"model_version"},
     "catalogued_offers": {"offers", "offer_endpoint"},
-    "drift_report": {"catalogued_offers", "offers", "training_sample", "offer_endpoint"},
+    "drift_reference": {"offer_endpoint", "training_sample", "fast_checkpoint"},
+    "drift_report": {"catalogued_offers", "offers", "drift_reference", "taxonomy_change"},
+    "corrections_feed": set(),
+    "corrections": {"corrections_feed", "taxonomy_change"},
+    "live_quality": {"corrections", "catalogued_offers", "taxonomy_change"},
+    "alerts": set(),
 }
 
 CHECKS = {
@@ -68,7 +73,20 @@ CHECKS = {
     "compiled_student": {"compiled_matches_uncompiled"},
     "offer_endpoint": {"endpoint_answers", "endpoint_answers_the_same"},
     "catalogued_offers": {"every_clean_offer_is_catalogued"},
-    "drift_report": {"no_drift"},
+    "drift_report": {
+        "volume_is_usual",
+        "values_are_complete",
+        "wording_is_usual",
+        "languages_are_usual",
+        "prices_are_usual",
+        "shop_mix_is_usual",
+        "predicted_categories_are_usual",
+        "model_is_as_sure_as_before",
+        "fast_model_agrees",
+        "predictions_are_of_the_taxonomy_in_force",
+    },
+    "corrections": {"every_corrections_file_was_read", "few_corrections_are_quarantined"},
+    "live_quality": {"corrections_agree_with_predictions", "category_shares_match_corrections"},
 }
 
 

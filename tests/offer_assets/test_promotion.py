@@ -22,7 +22,6 @@ from offer_assets import versions as versions_module
 from offer_assets.evaluation import student_evaluation, student_of
 from offer_assets.jobs import START_ENDPOINT
 from offer_assets.release import CHAMPION_TAG, Lineage, lineage_of
-from resources.alerts import Alert, OutboxAlerts
 from resources.artifact_store import FolderArtifactStore
 from resources.compute import LocalCompute
 from resources.endpoints import LocalEndpoints
@@ -687,23 +686,6 @@ class TestCommands:
         assert f"answers with model {second.version}." in capsys.readouterr().out
         assert command_line.main(["rollback", "--reason", "toys"]) == 0
         assert f"version 1 (model {first.version}) is in production" in capsys.readouterr().out
-
-    def test_alerts_are_listed_oldest_first(self, tmp_path, capsys):
-        assert command_line.main(["alerts"]) == 0
-        assert capsys.readouterr().out == "there are no alerts\n"
-        outbox = OutboxAlerts(home=str(tmp_path / "home"))
-        for day, title in (("02", "Second"), ("01", "First")):
-            at = f"2026-11-{day}T10:00:00.000+00:00"
-            outbox.raise_alert(
-                Alert(id=title, severity="WARN", title=title, text=f"{title} text.", raised_at=at)
-            )
-        assert command_line.main(["alerts"]) == 0
-        assert capsys.readouterr().out.splitlines() == [
-            "2026-11-01T10:00:00Z  WARN   First",
-            "    First text.",
-            "2026-11-02T10:00:00Z  WARN   Second",
-            "    Second text.",
-        ]
 
     def test_what_does_not_work_is_one_line_and_an_exit_status(self, world, capsys):
         world.release("first")

@@ -1,75 +1,166 @@
-"""An alert is told once, whatever is repeated or killed, and tells no secrets."""
+"""The door to people: what is told is kept at home and reaches the channels of the routes, come what may."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+import threading
 from pathlib import Path
 
+import dagster as dg
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from ml.errors import InputError
-from resources.alerts import Alert, OutboxAlerts
+from resources.alert_routes import Routes
+from resources.alerting import OutboxAlerts, deliver
+from resources.alerts import News
+from resources.channels import ChannelError, Message
+from resources.outbox import Outbox
+from tests.resources.alert_channels import Heard, Receiver
 
-
-def alert(id: str = "taxonomy-refused:abc", **changes: str) -> Alert:
-    return Alert(id=id, severity="ERROR", title="refused", **{"text": "see the file", **changes})
+ROOT = Path(__file__).resolve().parents[2]
+FAILING = News(id="1", incident="check:a", state="failing", title="a is red", link="/runs/1", group="g")
+RESOLVED = News(id="2", incident="check:a", state="resolved")
 
 
 @pytest.fixture
-def outbox(tmp_path: Path) -> OutboxAlerts:
-    return OutboxAlerts(home=str(tmp_path))
+def alerts(tmp_path: Path) -> OutboxAlerts:
+    return OutboxAlerts(home=str(tmp_path / "home"))
 
 
-def test_an_alert_is_raised_once(outbox: OutboxAlerts) -> None:
-    assert outbox.alerts() == []
-    assert outbox.raise_alert(alert())
-    assert not outbox.raise_alert(alert(text="another text under the same id"))
-    (found,) = outbox.alerts()
-    assert (found.id, found.text) == ("taxonomy-refused:abc", "see the file")
-    assert found.raised_at.endswith("+00:00")
+def routes_file(folder: Path, url: str) -> str:
+    file = folder / "alerts.toml"
+    file.write_text(
+        f'[channels.hook]\ntype = "webhook"\nurl = "{url}"\nsecret = "${{HOOK_SECRET}}"\n'
+        '[[routes]]\nchannels = ["hook"]\n'
+    )
+    return str(file)
 
 
-def test_of_many_at_once_one_is_raised(outbox: OutboxAlerts) -> None:
-    with ThreadPoolExecutor(8) as threads:
-        raised = list(threads.map(lambda _: outbox.raise_alert(alert()), range(32)))
-    assert raised.count(True) == 1
-    assert len(outbox.alerts()) == 1
+def test_without_routes_the_outbox_keeps_what_happens(alerts: OutboxAlerts, tmp_path: Path) -> None:
+    assert [news.id for news in alerts.tell([FAILING], {"checks": "7"})] == ["1"]
+    assert alerts.tell([FAILING]) == []
+    again = OutboxAlerts(home=str(tmp_path / "home"))
+    assert [incident.title for incident in again.incidents()] == ["a is red"]
+    assert again.bookmark("checks") == "7"
+    assert (again.deliver(1).sent, again.channels()) == ((), [])
+    again.tell([RESOLVED])
+    assert (again.incidents(), len(again.incidents(all_of_them=True))) == ([], 1)
 
 
-def test_the_oldest_alert_comes_first(outbox: OutboxAlerts) -> None:
-    for number, day in enumerate((3, 1, 2)):
-        outbox.raise_alert(alert(f"id-{number}", raised_at=f"2026-11-0{day}T00:00:00+00:00"))
-    assert [found.id for found in outbox.alerts()] == ["id-1", "id-2", "id-0"]
+def test_it_is_a_resource_like_any_other(alerts: OutboxAlerts) -> None:
+    @dg.asset
+    def told(alerts: dg.ResourceParam[OutboxAlerts]) -> None:
+        alerts.tell([FAILING])
+
+    assert dg.materialize([told], resources={"alerts": alerts}).success
+    assert len(alerts.incidents()) == 1
 
 
-def test_secrets_stay_out(outbox: OutboxAlerts) -> None:
-    outbox.raise_alert(alert(text="https://me:secret@example.com/t.csv?token=hidden cannot be read"))
-    (found,) = outbox.alerts()
-    assert found.text == "https://***@example.com/t.csv?token=*** cannot be read"
+def test_news_reaches_a_receiver_with_links_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOOK_SECRET", "s3cret")
+    receiver = Receiver(seed=0)
+    receiver.chance.choices = lambda fates, weights: ["answer"]  # type: ignore[method-assign, assignment]
+    with receiver.running():
+        alerts = OutboxAlerts(
+            home=str(tmp_path),
+            routes=routes_file(tmp_path, receiver.url),
+            ui_url="https://dagster.example.com",
+        )
+        alerts.check()
+        alerts.tell([FAILING])
+        delivery = alerts.deliver(20)
+        assert (delivery.failed, delivery.waiting, len(delivery.sent)) == ((), 0, 1)
+        assert alerts.deliver(20).sent == ()
+    (body,) = receiver.messages.values()
+    assert "https://dagster.example.com/runs/1" in repr(body)
+    (state,) = alerts.channels()
+    assert (state.channel, state.sent, state.waiting, state.last_error) == ("hook", 1, 0, "")
 
 
-@given(ids=st.lists(st.text(min_size=1, max_size=12), max_size=6))
-def test_every_id_is_kept_apart(ids: list[str]) -> None:
-    ids = [id.encode("utf-8", "ignore").decode() or "x" for id in ids]
+def test_wrong_routes_are_one_line_and_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOOK_SECRET", raising=False)
+    alerts = OutboxAlerts(home=str(tmp_path), routes=routes_file(tmp_path, "http://127.0.0.1:9/"))
+    for attempt in (alerts.check, lambda: alerts.tell([FAILING], {"checks": "7"}), lambda: alerts.deliver(1)):
+        with pytest.raises(InputError, match="HOOK_SECRET") as caught:
+            attempt()
+        assert isinstance(caught.value, dg.Failure)
+    assert (alerts.bookmark("checks"), alerts.incidents()) == (None, [])
+    monkeypatch.setenv("HOOK_SECRET", "s3cret")
+    assert len(alerts.tell([FAILING], {"checks": "7"})) == 1
+
+
+def test_looking_whether_all_is_well_makes_no_outbox_and_finds_a_damaged_one(tmp_path: Path) -> None:
+    OutboxAlerts(home=str(tmp_path / "new")).check()
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "outbox.db").write_bytes(b"no database" * 1000)
+    with pytest.raises(InputError, match=r"outbox\.db is damaged"):
+        OutboxAlerts(home=str(tmp_path)).check()
+
+
+def test_who_may_not_write_is_told_which_file(tmp_path: Path) -> None:
     with tempfile.TemporaryDirectory() as home:
-        outbox = OutboxAlerts(home=home)
-        raised = [outbox.raise_alert(alert(id)) for id in ids]
-        assert raised == [id not in ids[:place] for place, id in enumerate(ids)]
-        assert sorted(found.id for found in outbox.alerts()) == sorted(set(ids))
-        assert {file.parent for file in Path(home).rglob("*.json")} <= {Path(home) / "outbox"}
+        OutboxAlerts(home=home).tell([FAILING])
+        for file in Path(home).iterdir():
+            file.chmod(0o444)
+        Path(home).chmod(0o555)
+        code = (
+            "import os, sys\nfrom resources.alerting import OutboxAlerts\nfrom resources.alerts import News\n"
+            "OutboxAlerts(home=sys.argv[2]).tell([])  # now all is imported\n"
+            "os.geteuid() or os.setuid(65534)  # root may write everywhere\n"
+            "try: OutboxAlerts(home=sys.argv[1]).tell([News(id='2', incident='b', state='failing')])\n"
+            "except Exception as error: print(type(error).__name__, error)"
+        )
+        answer = subprocess.run(
+            [sys.executable, "-c", code, home, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        Path(home).chmod(0o755)
+    assert answer.stdout.startswith("InputFailure the outbox ")
+    assert f"{home}/outbox.db" in answer.stdout
+    assert answer.stdout.count("\n") == 1
 
 
-def test_an_id_without_a_name_is_an_error(outbox: OutboxAlerts) -> None:
-    for id in ("", "x" * 201):
-        with pytest.raises(ValueError, match="1 to 200 characters"):
-            outbox.raise_alert(alert(id))
+def test_the_definitions_do_not_load_the_database(tmp_path: Path) -> None:
+    code = "import sys, resources.alerting; print('resources.outbox' in sys.modules)"
+    answer = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert answer.stdout.strip() == "False"
 
 
-def test_a_damaged_alert_is_named(outbox: OutboxAlerts, tmp_path: Path) -> None:
-    outbox.raise_alert(alert("damaged"))
-    (tmp_path / "outbox" / "damaged.json").write_text("{")
-    with pytest.raises(InputError, match=r"damaged\.json is not an alert"):
-        outbox.alerts()
+def test_one_bad_channel_holds_up_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resources.alerting._GRACE", 0.1)
+    released = threading.Event()
+
+    def hang(_: Message) -> None:
+        released.wait(60)
+
+    def fall_over(_: Message) -> None:
+        raise RuntimeError("https://hooks.example.com/hidden refused")
+
+    def refuse(_: Message) -> None:
+        raise ChannelError("bad recipient https://me:hidden@example.com/", permanent=True)
+
+    names = {"hangs": hang, "falls over": fall_over, "refuses": refuse, "works": None}
+    channels = {name: Heard(name, trouble) for name, trouble in names.items()}
+    routes = Routes(channels, default=list(channels))
+    outbox = Outbox(f"sqlite:///{tmp_path}/outbox.db")
+    outbox.tell([FAILING], {}, routes)
+    delivery = deliver(outbox, routes, seconds=1.5)
+    assert delivery.sent == ("works: opened: a is red",)
+    assert sorted(delivery.failed) == [
+        "falls over: RuntimeError in the channel",
+        "hangs: it did not answer in time",
+        "refuses: bad recipient https://***@example.com/",
+    ]
+    assert delivery.waiting == 3
+    assert "hidden" not in repr(outbox.channels(channels))
+
+    # The one that hung has taken the message after all, so it does not get it again.
+    released.set()
+    for thread in threading.enumerate():
+        if thread.name == "alerts to hangs":
+            thread.join()
+    states = {state.channel: state for state in outbox.channels(channels)}
+    assert (states["hangs"].sent, states["hangs"].waiting) == (1, 0)

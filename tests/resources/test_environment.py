@@ -11,6 +11,7 @@ import pytest
 from resources.alerts import Alerts
 from resources.artifact_store import ArtifactStore
 from resources.compute import Compute
+from resources.corrections_feed import CorrectionsFeed, DemoCorrectionsFeed
 from resources.endpoints import Endpoints
 from resources.environment import resources_for
 from resources.io_manager import ArtifactRefIOManager
@@ -45,6 +46,7 @@ def test_the_local_environment_has_every_door(tmp_path):
         "taxonomy_source": TaxonomySource,
         "taxonomy_policy": TaxonomyPolicy,
         "alerts": Alerts,
+        "corrections_feed": CorrectionsFeed,
     }
     assert doors.keys() == interfaces.keys()
     assert all(isinstance(doors[name], interface) for name, interface in interfaces.items())
@@ -63,6 +65,26 @@ def test_the_feed_is_the_demo_feed_unless_one_is_set(tmp_path):
         "s3://b/offers.csv",
         "s3://b/taxonomy.csv",
     )
+
+
+def test_corrections_are_those_of_the_feed(tmp_path):
+    assert isinstance(resources_for(Settings(home=tmp_path))["corrections_feed"], DemoCorrectionsFeed)
+    of_the_feed = {"offer_feed": "s3://b/offers.csv", "catalog_taxonomy": "s3://b/taxonomy.csv"}
+    for given in ("", "s3://b/corrections.csv"):
+        door = resources_for(Settings(home=tmp_path, **of_the_feed, corrections_feed=given))[
+            "corrections_feed"
+        ]
+        assert not isinstance(door, DemoCorrectionsFeed)
+        assert door.feed == given
+
+
+def test_alerts_go_where_the_settings_say(tmp_path):
+    (tmp_path / "alerts.toml").touch()
+    settings = Settings(
+        home=tmp_path, alert_routes=str(tmp_path / "alerts.toml"), ui_url="https://dagster.example.com/"
+    )
+    door = resources_for(settings)["alerts"]
+    assert (door.routes, door.ui_url) == (str(tmp_path / "alerts.toml"), "https://dagster.example.com")
 
 
 def test_an_environment_without_doors_says_so_in_one_line(tmp_path):

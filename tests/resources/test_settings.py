@@ -11,7 +11,7 @@ from dotenv import dotenv_values
 
 from ml.errors import InputError
 from ml.stages import StudentParameters, TeacherParameters, TrainingSampleParameters
-from resources.settings import Settings, SettingsError
+from resources.settings import Settings, SettingsError, monitoring_checks, variables
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,7 +21,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder, and none of the settings of whoever runs the tests."""
     monkeypatch.chdir(tmp_path)
     for name in list(os.environ):
-        if name.startswith("OFFER_") or name in {"CATALOG_TAXONOMY", "MLFLOW_TRACKING_URI"}:
+        if name.startswith("OFFER_") or name in {
+            "CATALOG_TAXONOMY",
+            "CORRECTIONS_FEED",
+            "MLFLOW_TRACKING_URI",
+        }:
             monkeypatch.delenv(name)
     return tmp_path
 
@@ -119,6 +123,16 @@ def test_an_empty_value_means_the_default(monkeypatch):
             "nowhere.csv",
             "points nowhere: there is no file or folder {folder}/nowhere.csv",
         ),
+        ("CORRECTIONS_FEED", "nowhere.csv", "points nowhere: nothing matches {folder}/nowhere.csv"),
+        ("OFFER_ASSETS_ALERT_ROUTES", "no.toml", "points nowhere: there is no file {folder}/no.toml"),
+        ("OFFER_ASSETS_UI_URL", "dagster", "must be an address such as http://localhost:3000"),
+        ("OFFER_ASSETS_UI_URL", "https://dagster.example.com?a=b", "must be an address such as"),
+        ("OFFER_ASSETS_RETRAIN_AFTER_DAYS", "0", "must be greater than or equal to 1"),
+        (
+            "OFFER_ASSETS_RETRAIN_ON_DRIFT",
+            "default,shop_mix_is_normal",
+            "names no check of monitoring: 'shop_mix_is_normal'; did you mean shop_mix_is_usual?",
+        ),
     ],
 )
 def test_a_wrong_value_names_variable_value_and_expectation(folder, monkeypatch, name, value, expectation):
@@ -130,8 +144,9 @@ def test_a_wrong_value_is_told_without_its_password(monkeypatch):
     line = refusal(monkeypatch, MLFLOW_TRACKING_URI="oracle://me:hunter2@db/mlflow")
     assert line.startswith("MLFLOW_TRACKING_URI=oracle://***@db/mlflow must be a URI")
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    line = refusal(monkeypatch, OFFER_ASSETS_TRACKING="https://me:hunter2@mlflow")
-    assert "OFFER_ASSETS_TRACKING=https://***@mlflow is not a setting" in line
+    line = refusal(monkeypatch, OFFER_ASSETS_SLACK="https://hooks.example.com/services/hunter2")
+    assert line.startswith("OFFER_ASSETS_SLACK is not a setting; did you mean OFFER_ASSETS_")
+    assert "hunter2" not in line
 
 
 def test_a_home_that_is_a_file_is_refused(folder, monkeypatch):
@@ -147,9 +162,60 @@ def test_a_feed_without_taxonomy_or_the_reverse_names_the_missing_one(folder, mo
     assert refusal(monkeypatch, **{given: "file.csv"}).startswith(f"{missing} is missing: {given} is set")
 
 
+def test_the_address_of_the_ui_has_no_password_and_no_last_slash(monkeypatch):
+    line = refusal(monkeypatch, OFFER_ASSETS_UI_URL="https://me:hunter2@dagster.example.com")
+    assert line.startswith("OFFER_ASSETS_UI_URL=https://***@dagster.example.com must have no user")
+    monkeypatch.setenv("OFFER_ASSETS_UI_URL", "https://dagster.example.com/prod/")
+    assert Settings.from_environment().ui_url == "https://dagster.example.com/prod"
+
+
+def test_checks_that_retrain_are_named_once_each(monkeypatch):
+    assert Settings.from_environment().checks_that_retrain == ()
+    monkeypatch.setenv("OFFER_ASSETS_RETRAIN_ON_DRIFT", "default, volume_is_usual,,volume_is_usual ")
+    assert Settings.from_environment().checks_that_retrain == ("default", "volume_is_usual")
+
+
+def test_every_check_of_monitoring_may_retrain(monkeypatch):
+    monkeypatch.setenv("OFFER_ASSETS_RETRAIN_ON_DRIFT", ",".join(monitoring_checks()))
+    assert Settings.from_environment().checks_that_retrain == tuple(monitoring_checks())
+
+
+def test_a_cool_down_that_is_over_before_drift_can_be_seen_again_is_refused(monkeypatch):
+    monkeypatch.setenv("OFFER_ASSETS_RETRAIN_AFTER_DAYS", "5")
+    monkeypatch.setenv("OFFER_ASSETS_RETRAIN_COOLDOWN_DAYS", "4")
+    Settings.from_environment()  # nothing retrains
+    line = refusal(monkeypatch, OFFER_ASSETS_RETRAIN_ON_DRIFT="default")
+    assert line.startswith(
+        "OFFER_ASSETS_RETRAIN_COOLDOWN_DAYS=4 is less than OFFER_ASSETS_RETRAIN_AFTER_DAYS=5: "
+    )
+
+
+def test_corrections_of_another_feed_than_the_demo_need_that_feed(folder, monkeypatch):
+    (folder / "corrections.csv").touch()
+    line = refusal(monkeypatch, CORRECTIONS_FEED="corrections.csv")
+    assert line.startswith("OFFER_FEED is missing: CORRECTIONS_FEED is set")
+    for name in ("OFFER_FEED", "CATALOG_TAXONOMY"):
+        monkeypatch.setenv(name, "corrections.csv")
+    assert Settings.from_environment().corrections_feed == str(folder / "corrections.csv")
+
+
+def test_routes_that_cannot_be_read_are_told_at_the_start(folder, monkeypatch):
+    (folder / "alerts.toml").write_text("[channels.team\n")
+    line = refusal(monkeypatch, OFFER_ASSETS_ALERT_ROUTES="alerts.toml")
+    assert line.startswith("OFFER_ASSETS_ALERT_ROUTES: ")
+    assert "alerts.toml" in line
+
+
+def test_secrets_of_routes_may_be_in_the_dotenv_file_and_the_environment_wins(folder, monkeypatch):
+    (folder / ".env").write_text("SLACK_WEBHOOK=in the file\nPAGER_KEY=in the file\n")
+    monkeypatch.setenv("PAGER_KEY", "in the environment")
+    assert variables()["SLACK_WEBHOOK"] == "in the file"
+    assert variables()["PAGER_KEY"] == "in the environment"
+
+
 def test_a_misspelt_setting_names_the_nearest(folder, monkeypatch):
     line = refusal(monkeypatch, OFFER_ASSETS_DEMO_DAY="4")
-    assert line.startswith("OFFER_ASSETS_DEMO_DAY=4 is not a setting; did you mean OFFER_ASSETS_DEMO_DAYS?")
+    assert line.startswith("OFFER_ASSETS_DEMO_DAY is not a setting; did you mean OFFER_ASSETS_DEMO_DAYS?")
     monkeypatch.delenv("OFFER_ASSETS_DEMO_DAY")
     (folder / ".env").write_text("OFFER_ASSETS_HOMES=x\n")
     assert "did you mean OFFER_ASSETS_HOME?" in refusal(monkeypatch)

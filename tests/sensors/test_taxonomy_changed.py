@@ -38,7 +38,8 @@ from ml.taxonomy_change.transitions import Transition, Transitions
 from offer_assets.instance import FEED_TAG, process_tag
 from offer_assets.jobs import weekly_training
 from offer_assets.taxonomy import says_the_same, taxonomy_before
-from resources.alerts import OutboxAlerts
+from resources.alerting import OutboxAlerts
+from resources.alerts import Incident
 from resources.artifact_store import FolderArtifactStore
 from resources.compute import LocalCompute
 from resources.processes import started_at
@@ -374,8 +375,13 @@ def request(result: dg.SensorResult) -> dg.RunRequest:
     return only
 
 
-def alert_ids(world: World) -> list[str]:
-    return [alert.id.split(":")[0] for alert in world.alerts.alerts()]
+def told(world: World) -> list[Incident]:
+    return world.alerts.incidents(all_of_them=True)
+
+
+def told_keys(world: World) -> list[str]:
+    """What people were told about, the oldest first, without the particulars."""
+    return [incident.key.split(":")[0] for incident in told(world)]
 
 
 # Which job
@@ -541,7 +547,7 @@ def test_a_half_copied_file_is_not_looked_at(world: World) -> None:
     assert "is new" in reason(world.tick())
     world.now += SETTLE
     assert request(world.tick())
-    assert alert_ids(world) == []
+    assert told_keys(world) == []
 
 
 def test_a_clock_that_is_set_back_delays_by_no_more_than_the_time_to_settle(world: World) -> None:
@@ -697,14 +703,20 @@ def test_a_broken_release_starts_nothing_and_is_told_once(serving: World) -> Non
         line = reason(serving.settle())
         assert f"release {name} of the taxonomy is refused" in line
         assert "form a cycle" in line
-    (alert,) = serving.alerts.alerts()
+    (alert,) = told(serving)
     in_force = serving.in_force()
     assert in_force is not None
-    assert alert.id == f"taxonomy-refused:{serving.found().fingerprint[:12]}:{in_force[0].version}"
+    assert alert.state == "notice"
+    assert (alert.asset, alert.group, alert.owners) == (
+        "catalog_taxonomy_source",
+        "taxonomy",
+        ("team:data-engineering",),
+    )
+    assert alert.key == f"taxonomy-refused:{serving.found().fingerprint[:12]}:{in_force[0].version}"
     assert "form a cycle" in alert.text
     assert "accept_objections: true" in alert.text
-    (told,) = [o for o in serving.observations if "alert" in o.metadata]
-    assert told.metadata["alert"].value == alert.id
+    (observed,) = [o for o in serving.observations if "alert" in o.metadata]
+    assert observed.metadata["alert"].value == alert.key
     assert not serving.open_runs()
 
 
@@ -721,7 +733,7 @@ def test_a_broken_file_that_comes_again_months_later_is_told_again(serving: Worl
         serving.settle()
         if serving.open_runs():
             serving.succeed()
-    assert alert_ids(serving) == ["taxonomy-refused"] * 2
+    assert told_keys(serving) == ["taxonomy-refused"] * 2
 
 
 @pytest.mark.parametrize("content", [CYCLE, ALMOST_EMPTY])
@@ -761,7 +773,7 @@ def test_a_good_release_after_a_broken_one_is_followed(serving: World) -> None:
     serving.settle()
     serving.publish(WITH_SOFAS)
     assert request(serving.settle())
-    assert alert_ids(serving) == ["taxonomy-refused"]
+    assert told_keys(serving) == ["taxonomy-refused"]
 
 
 def test_a_broken_release_does_not_end_the_run_for_the_one_before(serving: World) -> None:
@@ -772,20 +784,37 @@ def test_a_broken_release_does_not_end_the_run_for_the_one_before(serving: World
     assert len(serving.open_runs()) == 1
 
 
-def test_an_outage_is_told_when_it_lasts_and_once(serving: World) -> None:
+def test_an_outage_is_told_when_it_lasts_and_again_when_it_is_over(serving: World) -> None:
     elsewhere = serving.home / "elsewhere"
     shutil.move(serving.folder, elsewhere)
     for ticks in range(1, 6):
         assert "CATALOG_TAXONOMY" in reason(serving.tick())
-        assert len(serving.alerts.alerts()) == (ticks >= 3)
+        assert len(serving.alerts.incidents()) == (ticks >= 3)
         serving.now += 30
     shutil.move(elsewhere, serving.folder)
     assert "is in force" in reason(serving.tick())
+    assert [incident.state for incident in told(serving)] == ["resolved"]
+    assert [o.description for o in serving.observations[-2:]] == [
+        "New releases of the taxonomy cannot be followed",
+        "over: New releases of the taxonomy cannot be followed",
+    ]
     serving.now += 3600
     shutil.move(serving.folder, elsewhere)
     for _ in range(3):
         serving.tick()
-    assert alert_ids(serving) == ["taxonomy-unreadable"] * 2
+    assert told_keys(serving) == ["taxonomy-unreadable"] * 2
+    assert [incident.state for incident in told(serving)] == ["resolved", "open"]
+
+
+def test_an_outage_is_over_even_if_the_cursor_was_lost(serving: World) -> None:
+    elsewhere = serving.home / "elsewhere"
+    shutil.move(serving.folder, elsewhere)
+    for _ in range(3):
+        serving.tick()
+    shutil.move(elsewhere, serving.folder)
+    serving.cursor = None
+    serving.tick()
+    assert [incident.state for incident in told(serving)] == ["resolved"]
 
 
 def test_a_file_that_is_gone_at_the_second_look_is_an_outage(
@@ -801,7 +830,7 @@ def test_a_file_that_is_gone_at_the_second_look_is_an_outage(
 
     monkeypatch.setattr(sensor_module, "read_release", fails_once)
     assert request(serving.tick())
-    assert alert_ids(serving) == []
+    assert told_keys(serving) == []
 
 
 def test_an_artifact_that_is_gone_is_an_outage_too(serving: World) -> None:
@@ -836,7 +865,7 @@ def test_a_failed_run_is_tried_three_times_in_all_and_then_told(serving: World) 
     assert "gave up" in reason(serving.tick())
     assert [str(key).rsplit(":", 1)[1] for key in keys] == ["1", "2", "3"]
     assert len({str(key).rsplit(":", 1)[0] for key in keys}) == 1
-    assert alert_ids(serving) == ["taxonomy-gave-up"]
+    assert told_keys(serving) == ["taxonomy-gave-up"]
 
 
 def test_a_run_canceled_by_a_person_is_left_to_them(serving: World) -> None:
@@ -878,7 +907,7 @@ def test_a_version_that_was_refused_is_not_trained_again(
         assert reason(serving.tick()).startswith(
             f"model version {model.version}, trained for release {name}, {why} and is not served"
         )
-    assert alert_ids(serving) == ["taxonomy-gate"]
+    assert told_keys(serving) == ["version-refused"]
 
 
 def test_a_version_that_waits_for_approval_is_told_once(serving: World) -> None:
@@ -890,8 +919,8 @@ def test_a_version_that_waits_for_approval_is_told_once(serving: World) -> None:
     serving.end()
     for _ in range(2):
         assert "waits for approval" in reason(serving.tick())
-    (alert,) = serving.alerts.alerts()
-    assert alert.severity == "WARN"
+    (alert,) = told(serving)
+    assert (alert.state, alert.severity) == ("notice", "WARN")
     assert alert.title == f"The model for release {name} of the taxonomy waits for a decision"
     assert "python -m offer_assets approve 1" in alert.text
 
@@ -1125,7 +1154,7 @@ class WhateverHappens(RuleBasedStateMachine):
         newest = world.found()
         in_force = world.in_force()
         if newest.fingerprint in self.broken:
-            assert "taxonomy-refused" in alert_ids(world)
+            assert "taxonomy-refused" in told_keys(world)
         else:
             assert in_force is not None
             taken = Taxonomy.load(world.compute.folder(in_force[1]))

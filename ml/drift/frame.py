@@ -1,0 +1,860 @@
+"""The frame through which a day of offers is looked at: what the reference fixes, so that days compare.
+
+It is fitted once on the days of the reference (which shops and categories are named, at which deciles
+numbers are cut, which words and prices are usual) and turns any day into the same series, a number
+each, by :meth:`Frame.series`. What to think of them is :mod:`ml.drift.series`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from scipy import sparse
+
+from ml.drift.answers import SERIES_SCHEMA, Kind
+from ml.drift.measures import (
+    DAMAGES,
+    MISSING,
+    NEW,
+    OTHER,
+    Bins,
+    Floats,
+    Integers,
+    Names,
+    Objects,
+    UsualPrices,
+    has_others,
+    number_column,
+    text_column,
+    title_numbers,
+    top_category,
+    usual_characters,
+)
+from ml.drift.questions import (
+    AGREEMENT,
+    COMPLETENESS,
+    CONTENT_DISTANCE,
+    LANGUAGES,
+    PREDICTED_CATEGORIES,
+    PRICE_OVER_USUAL,
+    PRICES,
+    SHOP_MIX,
+    SURENESS,
+    TAXONOMY_IN_FORCE,
+    TITLES_WITH_WORD,
+    VOLUME,
+    WORDING,
+)
+from ml.drift.words import CommonWord, Tokens, Vocabulary, common_words, telling_apart
+from ml.errors import InputError
+from ml.offers import CLEAN_FILE, FEED_COLUMNS, QUARANTINE_FILE, REASONS
+from ml.stages import DriftReferenceParameters
+
+FRAME_FILE = "frame.json"
+WORDS_FILE = "words.parquet"
+TITLES_FILE = "titles.parquet"
+ROWS_FILE = "rows.parquet"
+SERIES_FILE = "series.parquet"
+
+_LEAST_COUNTRY_SHARE, _MOST_COUNTRIES = 0.01, 30
+_LEAST_LANGUAGE_SHARE, _MOST_LANGUAGES = 0.01, 20
+_LEAST_SHOP_SHARE, _MOST_SHOPS = 0.01, 40
+_LEAST_TOP_SHARE, _MOST_TOPS = 0.005, 60
+_LEAST_TOP_SHARE_OF_COUNTRY = 0.02
+_LEAST_LEAF_SHARE, _MOST_LEAVES = 0.005, 100
+_COMMON_WORDS = 200
+_USUAL_CHARACTER_SHARE = 0.001
+_FAR_PRICE = 20.0
+_MANY_UNKNOWN = 4
+_MOST_TITLES_TOLD_APART = 1_500
+LEAST_TITLES_TOLD_APART = 100
+"""With fewer on a side, how well they can be told apart says nothing."""
+
+_KEPT_SHOP_SHARE, _KEPT_SHOPS = 0.001, 200
+_OPTIONAL_COLUMNS = tuple(
+    column.name for column in FEED_COLUMNS if not column.needed and column.name != "category_id"
+)
+"""Columns that may be missing; whether people labelled an offer is not a property of the feed."""
+
+Mask = npt.NDArray[np.bool_]
+
+
+class DayTotals(msgspec.Struct, frozen=True, kw_only=True):
+    """What is counted over all offers of a day, exactly."""
+
+    day: str
+    complete: bool
+    """Whether the day is over; else its volume says nothing."""
+    offers: int
+    """Clean offers."""
+    by_country: dict[str, int]
+    """Offers per country, ``(missing)`` for none."""
+    by_shop: dict[str, int]
+    """Offers of the large shops (and of those asked for), all others as ``(other)``."""
+    missing: dict[str, dict[str, int]]
+    """Column → country → offers without a value; countries where every offer has one may be absent."""
+    quarantined: dict[str, int]
+    """Rows per reason; a row may have several."""
+    delivered: int
+    """Rows of the feed: clean and quarantined ones."""
+
+
+def totals_of(offers_folder: Path, day: str, complete: bool, shops: Collection[str] = ()) -> DayTotals:
+    """Count the offers of an ``offers`` artifact, out of core.
+
+    Args:
+        offers_folder: Folder of the artifact.
+        day: ISO date.
+        complete: Whether the day is over.
+        shops: Shops to count however small they are on this day.
+    """
+    offers, quarantine = str(offers_folder / CLEAN_FILE), str(offers_folder / QUARANTINE_FILE)
+    missing = ", ".join(f"count(*) - count({name})" for name in _OPTIONAL_COLUMNS)
+    with duckdb.connect() as database:
+        by_country = database.execute(
+            f"SELECT coalesce(country, '{MISSING}') AS name, count(*), {missing} FROM read_parquet(?) "
+            "GROUP BY name ORDER BY name",
+            [offers],
+        ).fetchall()
+        by_shop = database.execute(
+            "SELECT shop_id, count(*) AS offers FROM read_parquet(?) GROUP BY shop_id "
+            "QUALIFY row_number() OVER (ORDER BY offers DESC, shop_id) <= ? "
+            "OR offers >= ? * sum(offers) OVER () OR shop_id IN (SELECT unnest(?::VARCHAR[])) "
+            "ORDER BY offers DESC, shop_id",
+            [offers, _KEPT_SHOPS, _KEPT_SHOP_SHARE, list(shops)],
+        ).fetchall()
+        by_reason = database.execute(
+            "SELECT reason, count(*) FROM (SELECT unnest(string_split(reason, ',')) AS reason "
+            "FROM read_parquet(?)) GROUP BY reason ORDER BY reason",
+            [quarantine],
+        ).fetchall()
+        ((quarantined,),) = database.execute("SELECT count(*) FROM read_parquet(?)", [quarantine]).fetchall()
+    total = sum(row[1] for row in by_country)
+    of_shops = {str(shop): int(offers) for shop, offers in by_shop}
+    if rest := total - sum(of_shops.values()):
+        of_shops[OTHER] = rest
+    return DayTotals(
+        day=day,
+        complete=complete,
+        offers=total,
+        by_country={row[0]: row[1] for row in by_country},
+        by_shop=of_shops,
+        missing={
+            name: {row[0]: row[2 + place] for row in by_country if row[2 + place]}
+            for place, name in enumerate(_OPTIONAL_COLUMNS)
+        },
+        quarantined=dict(by_reason),
+        delivered=total + quarantined,
+    )
+
+
+class _Fixed(msgspec.Struct, frozen=True, kw_only=True):
+    """``frame.json``: what the reference fixes, beside the vocabulary and the titles."""
+
+    days: list[str]
+    offers: int
+    """Offers of the reference that were looked at."""
+    countries: list[str]
+    large_shops: list[str]
+    languages: list[str]
+    shops: Names
+    shop_categories: Names
+    tops: list[str]
+    tops_of_country: dict[str, list[str]]
+    leaves: dict[str, str]
+    """Path of each named category, by id."""
+    bins: dict[str, Bins]
+    common_words: list[CommonWord]
+    usual_characters: str
+    usual_prices: UsualPrices
+    vocabulary_languages: list[str]
+    folds: int
+    escalate_below: float
+    review_below: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class _Number:
+    """A number of which the mean is followed, and the shares of its deciles."""
+
+    question: str
+    measure: str
+    column: str
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class _Sign:
+    """Something that an offer shows, or some of its words do, of which the share is followed."""
+
+    question: str
+    measure: str
+    segment: str
+    column: str
+    per_country: bool = True
+
+
+_NUMBERS = (
+    _Number(WORDING, "title length", "characters", "characters"),
+    _Number(WORDING, "title words", "words", "words"),
+    _Number(PRICES, PRICE_OVER_USUAL, "price"),
+    _Number(SURENESS, "confidence", "confidence"),
+)
+_SIGNS = (
+    _Sign(WORDING, "words of titles", "that the reference does not have", "unknown"),
+    _Sign(WORDING, "titles", "whose last word the reference does not have", "unknown_last"),
+    _Sign(WORDING, "titles", "cut off with dots", "cut", per_country=False),
+    _Sign(WORDING, "titles", "with letters beyond a to z", "accented"),
+    _Sign(WORDING, "titles", "with unusual characters", "unusual"),
+    _Sign(WORDING, "titles", "with signs of damaged encoding", "damaged"),
+    *(_Sign(WORDING, "titles", name, name, per_country=False) for name in DAMAGES),
+    _Sign(LANGUAGES, "titles", "that fit another language better than the declared one", "another"),
+    _Sign(PRICES, "prices", f"above {_FAR_PRICE:.0f} times the usual", "far_above"),
+    _Sign(PRICES, "prices", f"below 1/{_FAR_PRICE:.0f} of the usual", "far_below"),
+    _Sign(PRICES, "prices", "of 0", "free", per_country=False),
+    _Sign(SURENESS, "offers", "to the student", "to_student"),
+    _Sign(SURENESS, "offers", "to review", "to_review"),
+    _Sign(AGREEMENT, "fast model and student", "agree", "agrees"),
+)
+
+
+class Frame:
+    """What is fixed by the reference; turns days of offers into series."""
+
+    def __init__(
+        self,
+        fixed: _Fixed,
+        vocabulary: Vocabulary,
+        titles: Sequence[str],
+        columns: pa.Table,
+        reference: pa.Table,
+    ) -> None:
+        """Put a frame together; see :meth:`fit` and :meth:`load`.
+
+        Args:
+            fixed: Content of ``frame.json``.
+            vocabulary: The words of the reference.
+            titles: Titles of the reference that a day's titles are told apart from.
+            columns: Segments of the offers of the reference; see :meth:`columns`.
+            reference: Series of the days of the reference.
+        """
+        self._fixed = fixed
+        self._vocabulary = vocabulary
+        self._titles = list(titles)
+        self._columns = columns
+        self._reference = reference
+
+    @classmethod
+    def fit(
+        cls,
+        days: Mapping[str, tuple[pd.DataFrame, DayTotals]],
+        parameters: DriftReferenceParameters | None = None,
+    ) -> Frame:
+        """Fit a frame on days of offers.
+
+        Args:
+            days: Of each day the offers that are looked at one by one, in random order, and its totals.
+                The offers have the columns of ``CLEAN_SCHEMA``, what was predicted for them (``category_id``,
+                ``category_path``, ``confidence``, ``fast_category_id``, ``fast_confidence``; null where
+                there is none), ``taxonomy_known`` and ``trained``.
+            parameters: Of ``drift_reference``.
+
+        Raises:
+            InputError: there is no offer to fit on.
+        """
+        parameters = parameters or DriftReferenceParameters()
+        names = sorted(days)
+        frames = [days[name][0] for name in names]
+        rows = pd.concat([frame for frame in frames if len(frame)] or frames[:1], ignore_index=True)
+        if rows.empty:
+            raise InputError(
+                f"none of the {len(days)} days of the reference has an offer; choose days that have"
+            )
+        day = np.repeat(np.arange(len(names)), [len(frame) for frame in frames])
+        fold = _folds(day)
+        return _Fit(rows, day, fold, [days[name][1] for name in names], parameters).frame()
+
+    @property
+    def reference_days(self) -> list[str]:
+        """ISO dates of the days of the reference."""
+        return self._fixed.days
+
+    @property
+    def reference_offers(self) -> int:
+        """Offers of the reference that were looked at one by one."""
+        return self._fixed.offers
+
+    @property
+    def large_shops(self) -> list[str]:
+        """Shops that :func:`totals_of` should count however small they are on a day."""
+        return self._fixed.large_shops
+
+    def reference_series(self) -> pa.Table:
+        """The series of the days that the frame was fitted on."""
+        return self._reference
+
+    def series(self, day: str, rows: pd.DataFrame, totals: DayTotals) -> pa.Table:
+        """The series of a day that is not of the reference.
+
+        Args:
+            day: ISO date.
+            rows: Offers that are looked at one by one, as for :meth:`fit`; may be none.
+            totals: Of the same day.
+
+        Returns:
+            Rows of ``SERIES_SCHEMA``. A share or mean of no offers at all has none.
+        """
+        rows = rows.reset_index(drop=True)
+        measured = _measure(self._fixed, self._vocabulary, rows, self._fixed.usual_prices)
+        ours = [title or "" for title in text_column(rows, "title")][: len(self._titles)]
+        series = _DaySeries(day)
+        series.add_totals(self._fixed, totals)
+        series.add_offers(self._fixed, measured)
+        series.add_distance(ours, self._titles, self._fixed.seed)
+        return series.table()
+
+    def reference_columns(self) -> pa.Table:
+        """As :meth:`columns`, of the offers that the frame was fitted on; with their ``day``."""
+        return self._columns
+
+    def columns(self, rows: pd.DataFrame) -> pa.Table:
+        """The segment of each offer in the main columns, for a comparison of whole columns.
+
+        Returns:
+            One text column per title ("shop category"); null where an offer is left out of it.
+        """
+        rows = rows.reset_index(drop=True)
+        measured = _measure(self._fixed, self._vocabulary, rows, self._fixed.usual_prices)
+        return _columns(self._fixed, measured)
+
+    def save(self, folder: Path) -> None:
+        """Write the frame into ``folder``: JSON and Parquet."""
+        (folder / FRAME_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(self._fixed), indent=1))
+        vocabulary = self._vocabulary
+        columns: dict[str, Any] = {
+            "word": pa.array(list(vocabulary.numbers), pa.string()),
+            "folds": pa.array(vocabulary.folds_with, pa.int64()),
+            **{
+                f"titles_{place}": pa.array(vocabulary.counts[:, place], pa.float64())
+                for place in range(len(vocabulary.languages))
+            },
+        }
+        pq.write_table(pa.table(columns), folder / WORDS_FILE, compression="zstd")
+        pq.write_table(
+            pa.table({"title": pa.array(self._titles, pa.string())}), folder / TITLES_FILE, compression="zstd"
+        )
+        pq.write_table(self._columns, folder / ROWS_FILE, compression="zstd")
+        pq.write_table(self._reference, folder / SERIES_FILE, compression="zstd")
+
+    @classmethod
+    def load(cls, folder: Path) -> Frame:
+        """Read the frame that :meth:`save` wrote.
+
+        Raises:
+            InputError: a file is missing or damaged.
+        """
+        try:
+            fixed = msgspec.json.decode((folder / FRAME_FILE).read_bytes(), type=_Fixed)
+            words = pq.read_table(folder / WORDS_FILE)
+            titles = [str(title) for title in pq.read_table(folder / TITLES_FILE)["title"].to_pylist()]
+            columns = pq.read_table(folder / ROWS_FILE)
+            reference = pq.read_table(folder / SERIES_FILE, schema=SERIES_SCHEMA)
+        except FileNotFoundError as error:
+            raise InputError(
+                f"{folder} is no drift reference: {error.filename or error} is missing; make it anew"
+            ) from None
+        except (msgspec.DecodeError, pa.ArrowInvalid) as error:
+            raise InputError(f"{folder} is damaged: {error}; delete the folder and make it again") from None
+        counts = [words[f"titles_{place}"].to_numpy() for place in range(len(fixed.vocabulary_languages))]
+        vocabulary = Vocabulary(
+            [str(word) for word in words["word"].to_pylist()],
+            words["folds"].to_numpy(),
+            fixed.folds,
+            fixed.vocabulary_languages,
+            np.stack(counts, axis=1) if counts else np.zeros((len(words), 0)),
+        )
+        return cls(fixed, vocabulary, titles, columns, reference)
+
+
+# Fitting
+
+
+def _folds(day: Integers) -> Integers:
+    """What is left out together: a day; of a single day every other offer."""
+    return day if len(np.unique(day)) > 1 else (np.arange(len(day)) % 2).astype(np.int64)
+
+
+class _Fit:
+    """One fitting of a frame."""
+
+    def __init__(
+        self,
+        rows: pd.DataFrame,
+        day: Integers,
+        fold: Integers,
+        totals: Sequence[DayTotals],
+        parameters: DriftReferenceParameters,
+    ) -> None:
+        self._rows = rows
+        self._day = day
+        self._fold = fold
+        self._totals = totals
+        self._seed = parameters.seed
+        self._titles = [title or "" for title in text_column(rows, "title")]
+        self._languages = text_column(rows, "language")
+        self._vocabulary, tokens = Vocabulary.of(self._titles, self._languages, fold)
+        self._fixed = self._fix(parameters, tokens)
+        self._measured = self._measure()
+        self._fixed = msgspec.structs.replace(
+            self._fixed,
+            bins={
+                number.column: Bins.at_deciles(self._bin_values(number), number.unit) for number in _NUMBERS
+            },
+        )
+
+    def frame(self) -> Frame:
+        """The fitted frame, with the series of its days."""
+        pairs = self._titles_to_tell_apart()
+        tables = []
+        for place, totals in enumerate(self._totals):
+            series = _DaySeries(totals.day)
+            series.add_totals(self._fixed, totals)
+            series.add_offers(self._fixed, self._measured.where(self._day == place))
+            fold = place if len(self._totals) > 1 else 0
+            if fold in pairs:
+                series.add_distance(*pairs[fold], self._seed)
+            tables.append(series.table())
+        days = pa.array([self._totals[place].day for place in self._day], pa.string())
+        columns = _columns(self._fixed, self._measured).append_column("day", days)
+        return Frame(self._fixed, self._vocabulary, self._pool(), columns, pa.concat_tables(tables))
+
+    def _fix(self, parameters: DriftReferenceParameters, tokens: Tokens) -> _Fixed:
+        rows, fold = self._rows, self._fold
+        countries, tops = text_column(rows, "country"), _tops(rows)
+        named_countries = _frequent(
+            _added(totals.by_country for totals in self._totals), _LEAST_COUNTRY_SHARE, _MOST_COUNTRIES
+        )
+        leaves = Names.of(text_column(rows, "category_id"), fold, _LEAST_LEAF_SHARE, _MOST_LEAVES).named
+        paths = dict(zip(text_column(rows, "category_id"), text_column(rows, "category_path"), strict=True))
+        words = list(self._vocabulary.numbers)
+        return _Fixed(
+            days=[totals.day for totals in self._totals],
+            offers=len(rows),
+            countries=named_countries,
+            large_shops=_frequent(
+                _added(totals.by_shop for totals in self._totals), _LEAST_SHOP_SHARE, _MOST_SHOPS
+            ),
+            languages=Names.of(self._languages, fold, _LEAST_LANGUAGE_SHARE, _MOST_LANGUAGES).named,
+            shops=Names.of(text_column(rows, "shop_id"), fold, _LEAST_SHOP_SHARE, _MOST_SHOPS),
+            shop_categories=Names.of(
+                text_column(rows, "shop_category"), fold, _LEAST_SHOP_SHARE, _MOST_SHOPS
+            ),
+            tops=Names.of(tops, fold, _LEAST_TOP_SHARE, _MOST_TOPS).named,
+            tops_of_country={
+                country: Names.of(
+                    tops[countries == country],
+                    fold[countries == country],
+                    _LEAST_TOP_SHARE_OF_COUNTRY,
+                    _MOST_TOPS,
+                ).named
+                for country in named_countries
+            },
+            leaves={leaf: paths[leaf] or leaf for leaf in leaves},
+            bins={},
+            common_words=common_words(tokens.presence(len(words)), words, self._languages, _COMMON_WORDS),
+            usual_characters=usual_characters(self._titles, _USUAL_CHARACTER_SHARE),
+            usual_prices=UsualPrices.of(rows),
+            vocabulary_languages=self._vocabulary.languages,
+            folds=len(np.unique(fold)),
+            escalate_below=parameters.escalate_below,
+            review_below=parameters.review_below,
+            seed=parameters.seed,
+        )
+
+    def _measure(self) -> _Measured:
+        """All offers of the reference, each by what the other folds say."""
+        parts, order = [], []
+        for fold in np.unique(self._fold):
+            inside = np.flatnonzero(self._fold == fold)
+            others = self._rows.iloc[np.flatnonzero(self._fold != fold)].reset_index(drop=True)
+            parts.append(
+                _measure(
+                    self._fixed,
+                    self._vocabulary,
+                    self._rows.iloc[inside].reset_index(drop=True),
+                    UsualPrices.of(others, self._fixed.usual_prices.by_group),
+                    of_reference=True,
+                )
+            )
+            order.append(inside)
+        return _Measured.joined(parts, np.argsort(np.concatenate(order), kind="stable"))
+
+    def _bin_values(self, number: _Number) -> Floats:
+        values = self._measured.numbers[number.column].to_numpy()
+        return np.exp(values) if number.column == "price" else values
+
+    def _titles_to_tell_apart(self) -> dict[int, tuple[list[str], list[str]]]:
+        """Of each fold, its titles and as many of the others; a single day is one fold against the other."""
+        pairs = {}
+        for fold in np.unique(self._fold):
+            ours = np.flatnonzero(self._fold == fold)[: self._pool_size()]
+            theirs = _draw(np.flatnonzero(self._fold != fold), len(ours), self._seed, int(fold))
+            pairs[int(fold)] = [self._titles[row] for row in ours], [self._titles[row] for row in theirs]
+        return pairs
+
+    def _pool(self) -> list[str]:
+        """Titles that those of another day are told apart from: of all folds but one, as for each fold."""
+        left_out = self._seed % len(np.unique(self._fold))
+        rows = _draw(np.flatnonzero(self._fold != left_out), self._pool_size(), self._seed, -1)
+        return [self._titles[row] for row in rows]
+
+    def _pool_size(self) -> int:
+        """The same on every day: the more titles, the better they are told apart."""
+        _, sizes = np.unique(self._fold, return_counts=True)
+        return min(_MOST_TITLES_TOLD_APART, int(np.median(sizes)))
+
+
+def _draw(rows: Integers, number: int, *seeds: int) -> Integers:
+    digest = hashlib.sha256(repr(seeds).encode()).digest()
+    generator = np.random.default_rng(int.from_bytes(digest[:8], "big"))
+    return np.sort(generator.permutation(rows)[:number])
+
+
+def _added(counts: Any) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for of_day in counts:
+        for name, count in of_day.items():
+            total[name] = total.get(name, 0) + count
+    return total
+
+
+def _frequent(counts: Mapping[str, int], least_share: float, most: int) -> list[str]:
+    least = max(least_share * sum(counts.values()), 1)
+    names = [name for name, count in counts.items() if count >= least and name not in (OTHER, MISSING)]
+    return sorted(names, key=lambda name: (-counts[name], name))[:most]
+
+
+def _tops(rows: pd.DataFrame) -> Objects:
+    return np.array([top_category(path) for path in text_column(rows, "category_path")], dtype=object)
+
+
+# Offers
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Offers, by what is measured of each."""
+
+    numbers: pd.DataFrame
+    """Numbers, and signs as 0 to 1; NaN where the offer is left out."""
+    names: pd.DataFrame
+    """``country``, ``language``, ``shop``, ``shop_category``, ``top``, ``leaf``, ``brand``."""
+    common: sparse.csr_matrix
+    """(offers, common words): whether the title has the word."""
+
+    @classmethod
+    def joined(cls, parts: Sequence[_Measured], order: Integers) -> _Measured:
+        """All offers of ``parts``, in another order."""
+        return cls(
+            pd.concat([part.numbers for part in parts], ignore_index=True).iloc[order].reset_index(drop=True),
+            pd.concat([part.names for part in parts], ignore_index=True).iloc[order].reset_index(drop=True),
+            sparse.vstack([part.common for part in parts], format="csr")[order],
+        )
+
+    def where(self, mask: Mask) -> _Measured:
+        """Some of the offers."""
+        return _Measured(self.numbers[mask], self.names[mask], self.common[np.flatnonzero(mask)])
+
+
+def _measure(
+    fixed: _Fixed,
+    vocabulary: Vocabulary,
+    rows: pd.DataFrame,
+    prices: UsualPrices,
+    *,
+    of_reference: bool = False,
+) -> _Measured:
+    """Measure offers; those of the reference (of one fold) without what is known from themselves."""
+    titles = [title or "" for title in text_column(rows, "title")]
+    languages = text_column(rows, "language")
+    tokens = Tokens.of(titles, vocabulary.numbers)
+    of_titles = title_numbers(titles)
+    unknown, unknown_last = vocabulary.unknown(tokens, of_reference=of_reference)
+    without = vocabulary.language_counts(tokens, languages) if of_reference else None
+    shops, shop_categories = text_column(rows, "shop_id"), text_column(rows, "shop_category")
+    log_price, price = prices.log_ratio(rows), number_column(rows, "price")
+    untrained = ~rows["trained"].to_numpy(dtype=bool)
+    confidence, fast_confidence = number_column(rows, "confidence"), number_column(rows, "fast_confidence")
+    category, fast_category = text_column(rows, "category_id"), text_column(rows, "fast_category_id")
+    answered = np.array(
+        [a is not None and b is not None for a, b in zip(category, fast_category, strict=True)], dtype=bool
+    )
+    numbers = {
+        **of_titles,
+        "words": tokens.counts,
+        "distinct_words": np.bincount(tokens.rows, minlength=len(rows)),
+        "unknown": unknown,
+        "unknown_last": unknown_last,
+        "unusual": has_others(titles, fixed.usual_characters),
+        "another": vocabulary.speaks_another(tokens, languages, without),
+        "new_shop": fixed.shops.novelty(shops, of_reference=of_reference),
+        "new_shop_category": fixed.shop_categories.novelty(shop_categories, of_reference=of_reference),
+        "price": log_price,
+        "far_above": _sign(log_price > np.log(_FAR_PRICE), ~np.isnan(log_price)),
+        "far_below": _sign(log_price < -np.log(_FAR_PRICE), ~np.isnan(log_price)),
+        "free": _sign(price == 0, ~np.isnan(price)),
+        "confidence": np.where(untrained, confidence, np.nan),
+        "to_student": _sign(fast_confidence < fixed.escalate_below, untrained & ~np.isnan(fast_confidence)),
+        "to_review": _sign(confidence < fixed.review_below, untrained & ~np.isnan(confidence)),
+        "agrees": _sign(category == fast_category, untrained & answered),
+        "outside_taxonomy": _sign(
+            ~rows["taxonomy_known"].to_numpy(dtype=bool), np.ones(len(rows), dtype=bool)
+        ),
+    }
+    common = [vocabulary.numbers[common.word] for common in fixed.common_words]
+    return _Measured(
+        pd.DataFrame(numbers, dtype=np.float64),
+        pd.DataFrame(
+            {
+                "country": text_column(rows, "country"),
+                "language": languages,
+                "shop": shops,
+                "shop_category": shop_categories,
+                "top": _tops(rows),
+                "leaf": category,
+                "brand": text_column(rows, "brand"),
+            },
+            dtype=object,
+        ),
+        tokens.presence(len(vocabulary.numbers))[:, common],
+    )
+
+
+def _sign(shown: Mask, looked_at: Mask) -> Floats:
+    return np.where(looked_at, shown.astype(np.float64), np.nan)
+
+
+def _columns(fixed: _Fixed, measured: _Measured) -> pa.Table:
+    """See :meth:`Frame.columns`."""
+    numbers = {str(name): column.to_numpy() for name, column in measured.numbers.items()}
+    names = {str(name): column.to_numpy(dtype=object) for name, column in measured.names.items()}
+
+    def named(column: str, kept: Collection[str], novelty: str = "") -> list[str]:
+        is_new = numbers[novelty] == 1 if novelty else np.zeros(len(measured.numbers), dtype=bool)
+        return [
+            MISSING if name is None else name if name in kept else NEW if new else OTHER
+            for name, new in zip(names[column], is_new, strict=True)
+        ]
+
+    def binned(column: str, missing: str | None) -> list[str | None]:
+        bins = fixed.bins[column]
+        values = np.exp(numbers[column]) if column == "price" else numbers[column]
+        # Numbered, so that they sort by size.
+        labels = [f"{place:02d}: {label}" for place, label in enumerate(bins.labels)]
+        return [missing if code < 0 else labels[code] for code in bins.codes(values)]
+
+    agrees = {1.0: "agree", 0.0: "differ"}
+    columns: dict[str, list[str | None] | list[str]] = {
+        "country": named("country", fixed.countries),
+        "language": named("language", fixed.languages),
+        "shop": named("shop", fixed.shops.named, "new_shop"),
+        "shop category": named("shop_category", fixed.shop_categories.named, "new_shop_category"),
+        "brand given": ["given" if brand is not None else MISSING for brand in names["brand"]],
+        "predicted top-level category": named("top", fixed.tops),
+        "predicted category": [
+            MISSING if leaf is None else fixed.leaves.get(leaf, OTHER) for leaf in names["leaf"]
+        ],
+        "price over usual": binned("price", MISSING),
+        "title length": binned("characters", MISSING),
+        "title words": binned("words", MISSING),
+        "words that the reference does not have": [
+            f"{count:.0f}" if count < _MANY_UNKNOWN else f"{_MANY_UNKNOWN} and more"
+            for count in np.round(np.nan_to_num(numbers["unknown"]) * numbers["distinct_words"])
+        ],
+        "confidence": binned("confidence", None),
+        "fast model and student": [agrees.get(float(value)) for value in numbers["agrees"]],
+    }
+    return pa.table(
+        {title: pa.array(values, pa.string()).dictionary_encode() for title, values in columns.items()}
+    )
+
+
+# Series
+
+
+class _DaySeries:
+    """Collects the series of one day."""
+
+    def __init__(self, day: str) -> None:
+        self._day = day
+        self._columns: dict[str, list[Any]] = {name: [] for name in SERIES_SCHEMA.names}
+
+    def table(self) -> pa.Table:
+        """What was collected, as ``SERIES_SCHEMA``."""
+        return pa.table(self._columns, schema=SERIES_SCHEMA)
+
+    def add_totals(self, fixed: _Fixed, totals: DayTotals) -> None:
+        """What is counted over all offers: volume, missing values, quarantined rows, shares of shops."""
+        if totals.complete:
+            self._count(VOLUME, "", totals.offers)
+            known = {country: totals.by_country.get(country, 0) for country in fixed.countries}
+            for country, offers in known.items():
+                self._count(VOLUME, f"country {country}", offers)
+            self._count(VOLUME, f"country {OTHER}", totals.offers - sum(known.values()))
+            for shop in fixed.large_shops:
+                self._count(VOLUME, f"shop {shop}", totals.by_shop.get(shop, 0))
+        for column in _OPTIONAL_COLUMNS:
+            missing = totals.missing.get(column, {})
+            self._share(COMPLETENESS, column, "", "missing", sum(missing.values()), totals.offers)
+            for country in fixed.countries if column != "country" else ():
+                offers = totals.by_country.get(country, 0)
+                self._share(
+                    COMPLETENESS, column, f"country {country}", "missing", missing.get(country, 0), offers
+                )
+        quarantined = totals.delivered - totals.offers
+        self._share(COMPLETENESS, "delivered rows", "", "quarantined", quarantined, totals.delivered)
+        for reason in REASONS:
+            self._share(
+                COMPLETENESS,
+                "delivered rows",
+                "",
+                f"quarantined for {reason}",
+                totals.quarantined.get(reason, 0),
+                totals.delivered,
+            )
+        newcomers = [
+            shop
+            for shop, offers in totals.by_shop.items()
+            if offers >= _LEAST_SHOP_SHARE * totals.offers
+            and shop not in fixed.shops.folds_with
+            and shop not in (*fixed.large_shops, OTHER)
+        ]
+        for shop in (*fixed.large_shops, *newcomers):
+            self._share(SHOP_MIX, "shop", "", shop, totals.by_shop.get(shop, 0), totals.offers)
+
+    def add_offers(self, fixed: _Fixed, measured: _Measured) -> None:
+        """What is measured of offers one by one."""
+        numbers = {str(name): column.to_numpy() for name, column in measured.numbers.items()}
+        names = {str(name): column.to_numpy(dtype=object) for name, column in measured.names.items()}
+        everywhere = np.ones(len(measured.numbers), dtype=bool)
+        countries = {f"country {country}": names["country"] == country for country in fixed.countries}
+        groups = {"": everywhere, **countries}
+        for number in _NUMBERS:
+            values = numbers[number.column]
+            for group, mask in groups.items():
+                self._mean(number.question, number.measure, group, values[mask])
+            bins = fixed.bins[number.column]
+            codes = bins.codes(np.exp(values) if number.column == "price" else values)
+            self._shares(number.question, number.measure, "", bins.labels, codes)
+        for sign in _SIGNS:
+            for group, mask in groups.items() if sign.per_country else [("", everywhere)]:
+                shown = numbers[sign.column][mask]
+                shown = shown[~np.isnan(shown)]
+                self._share(sign.question, sign.measure, group, sign.segment, shown.sum(), len(shown))
+        self._add_common_words(fixed, measured.common, names["language"])
+        self._add_names(LANGUAGES, "language", fixed.languages, names["language"], groups)
+        self._add_names(SHOP_MIX, "shop category", fixed.shop_categories.named, names["shop_category"])
+        for measure, column in (("shop", "new_shop"), ("shop category", "new_shop_category")):
+            self._share(SHOP_MIX, measure, "", NEW, numbers[column].sum(), len(everywhere))
+        self._add_names(PREDICTED_CATEGORIES, "top-level category", fixed.tops, names["top"])
+        for country, tops in fixed.tops_of_country.items():
+            group = f"country {country}"
+            self._add_names(
+                PREDICTED_CATEGORIES, "top-level category", tops, names["top"], {group: countries[group]}
+            )
+        for leaf, path in fixed.leaves.items():
+            self._share(
+                PREDICTED_CATEGORIES,
+                "category",
+                "",
+                path,
+                int((names["leaf"] == leaf).sum()),
+                len(everywhere),
+            )
+        outside = numbers["outside_taxonomy"]
+        self._share(TAXONOMY_IN_FORCE, "category", "", "not in the taxonomy", outside.sum(), len(outside))
+
+    def add_distance(self, ours: Sequence[str], theirs: Sequence[str], seed: int) -> None:
+        """How well the day's titles can be told from those of the reference; not of too few."""
+        offers = min(len(ours), len(theirs))
+        if offers < LEAST_TITLES_TOLD_APART:
+            return
+        area = telling_apart(ours[:offers], theirs[:offers], seed)
+        self._add(WORDING, CONTENT_DISTANCE, "", "", "number", area, offers, None)
+
+    def _add_common_words(self, fixed: _Fixed, common: sparse.csr_matrix, languages: Objects) -> None:
+        for language in dict.fromkeys(word.language for word in fixed.common_words):
+            rows = np.flatnonzero(languages == language) if language else np.arange(len(languages))
+            places = [place for place, word in enumerate(fixed.common_words) if word.language == language]
+            titles_with = np.asarray(common[rows][:, places].sum(axis=0)).ravel()
+            for place, titles in zip(places, titles_with, strict=True):
+                word = fixed.common_words[place].word
+                group = f"language {language}" if language else ""
+                self._share(WORDING, TITLES_WITH_WORD, group, word, float(titles), len(rows))
+
+    def _add_names(
+        self,
+        question: str,
+        measure: str,
+        named: Sequence[str],
+        values: Objects,
+        groups: Mapping[str, Mask] | None = None,
+    ) -> None:
+        segments = [*named, OTHER, MISSING]
+        place = {name: index for index, name in enumerate(named)}
+        codes = np.array(
+            [len(named) + 1 if value is None else place.get(value, len(named)) for value in values],
+            dtype=np.int64,
+        )
+        for group, mask in (groups or {"": np.ones(len(values), dtype=bool)}).items():
+            self._shares(question, measure, group, segments, codes[mask])
+
+    def _shares(
+        self, question: str, measure: str, group: str, segments: Sequence[str], codes: Integers
+    ) -> None:
+        counts = np.bincount(codes[codes >= 0], minlength=len(segments))
+        offers = int(counts.sum())
+        for segment, count in zip(segments, counts, strict=True):
+            self._share(question, measure, group, segment, int(count), offers)
+
+    def _share(
+        self, question: str, measure: str, group: str, segment: str, count: float, offers: int
+    ) -> None:
+        if offers:
+            self._add(question, measure, group, segment, "share", float(count) / offers, offers, None)
+
+    def _count(self, question: str, group: str, offers: int) -> None:
+        self._add(question, "offers", group, "", "count", float(offers), offers, None)
+
+    def _mean(self, question: str, measure: str, group: str, values: Floats) -> None:
+        known = values[~np.isnan(values)]
+        if len(known):
+            deviation = float(known.std(ddof=1)) if len(known) > 1 else None
+            self._add(question, measure, group, "", "number", float(known.mean()), len(known), deviation)
+
+    def _add(
+        self,
+        question: str,
+        measure: str,
+        group: str,
+        segment: str,
+        kind: Kind,
+        value: float,
+        offers: int,
+        deviation: float | None,
+    ) -> None:
+        row = (self._day, question, measure, group, segment, kind, value, float(offers), deviation)
+        for column, entry in zip(self._columns.values(), row, strict=True):
+            column.append(entry)

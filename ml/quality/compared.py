@@ -1,0 +1,197 @@
+"""Which category was given to an offer that somebody decided about later: the two side by side.
+
+A decision is about what was known when it was made: it is held against the newest catalogued day of the offer
+up to the day of the decision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+import pyarrow as pa
+
+from ml.quality.corrections import CORRECTIONS_FILE, NEWEST
+from ml.taxonomy import Taxonomy
+from ml.taxonomy_change.transitions import Transition, Transitions, most_likely_moves
+
+if TYPE_CHECKING:
+    import duckdb
+
+    from ml.runner import StageContext
+
+NONE_PREDICTED = ""
+"""Stands for the category of an offer that the model gave none; never right."""
+
+_MEMORY_LIMIT = "1GB"
+
+_COLUMN_TYPES: dict[str, pa.DataType] = {
+    "offer_id": pa.string(),
+    "day": pa.string(),  # that it was catalogued on
+    "delay_days": pa.int64(),  # from that day to the decision
+    "country": pa.string(),  # empty where it is not known
+    "model_version": pa.string(),
+    "predicted_as": pa.string(),  # in the model's own taxonomy
+    "predicted": pa.string(),  # in the taxonomy in force, the most likely one where that is not certain
+    "predicted_top": pa.string(),
+    "confidence": pa.float64(),
+    "actual": pa.string(),  # in the taxonomy in force
+    "actual_top": pa.string(),
+    "right": pa.bool_(),  # in the model's own taxonomy: its category, or one of its successors
+    "right_in_force": pa.bool_(),  # ``predicted`` is ``actual``
+}
+COMPARED_SCHEMA = pa.schema(_COLUMN_TYPES)
+"""One row per offer that somebody decided about and the model had catalogued."""
+
+
+@dataclass(frozen=True)
+class Unmatched:
+    """Decisions that count and are about no catalogued offer of these days."""
+
+    before: int = 0
+    """Made before the first of the days."""
+    too_early: int = 0
+    """Of offers that were only catalogued later."""
+    unknown: int = 0
+    """Of offers that none of the days has."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What :func:`compare` found."""
+
+    labels: pd.DataFrame
+    """Columns of :data:`COMPARED_SCHEMA`."""
+    traffic: dict[str, dict[str, int]]
+    """Catalogued offers by day and category (of the taxonomy in force)."""
+    unmatched: Unmatched = field(default_factory=Unmatched)
+    labels_until: str = ""
+    """ISO date of the newest decision, whatever it is about; empty without one."""
+
+
+def compare(
+    context: StageContext, taxonomy: Taxonomy, transitions: Transitions, newest_day: str
+) -> Comparison:
+    """Hold every decision that counts against what was predicted for its offer.
+
+    DuckDB streams through the catalogued days; what stays in memory are the decisions.
+    """
+    import duckdb
+
+    days = {
+        day: folder for day, folder in context.partitions("catalogued_offers").items() if day <= newest_day
+    }
+    settings = {"memory_limit": _MEMORY_LIMIT, "temp_directory": str(context.checkpoints / "duckdb")}
+    with duckdb.connect(config=settings) as database:
+        _see(database, context, days)
+        until = database.execute("SELECT max(decided_on) FROM every_decision").fetchall()[0][0]
+        found = database.execute("""
+            SELECT c.offer_id, c.day, date_diff('day', c.day::DATE, decided_on::DATE) AS delay_days,
+                coalesce(country, '') AS country, model_version, taxonomy_version,
+                coalesce(c.category_id, '') AS predicted_as, confidence, d.category_id AS actual
+            FROM decision AS d JOIN catalogued AS c ON c.offer_id = d.offer_id AND c.day <= d.decided_on
+            LEFT JOIN place ON place.offer_id = c.offer_id AND place.day = c.day
+            QUALIFY row_number() OVER (PARTITION BY c.offer_id ORDER BY c.day DESC) = 1
+            ORDER BY c.day, c.offer_id""").df()
+        counts = database.execute("""
+            SELECT day, taxonomy_version, coalesce(category_id, ''), count(*) FROM catalogued GROUP BY ALL
+            ORDER BY ALL""").fetchall()
+        unmatched = _unmatched(database, min(days, default=newest_day), len(found))
+    force = _InForce(taxonomy, transitions)
+    traffic: dict[str, dict[str, int]] = {day: {} for day in days}
+    for day, version, category, offers in counts:
+        today = force.category(version, category)
+        traffic[day][today] = traffic[day].get(today, 0) + offers
+    return Comparison(force.complete(found), traffic, unmatched, until or "")
+
+
+def _see(database: duckdb.DuckDBPyConnection, context: StageContext, days: Mapping[str, Path]) -> None:
+    """Views ``every_decision``, ``decision`` (those that count), ``catalogued`` and ``place`` (countries)."""
+    corrections = _literal(context.input("corrections") / CORRECTIONS_FILE)
+    database.execute(
+        f"CREATE TEMP VIEW every_decision AS SELECT *, strftime(decided_at, '%Y-%m-%d') AS decided_on "
+        f"FROM read_parquet({corrections})"
+    )
+    database.execute(
+        f"CREATE TEMP TABLE decision AS SELECT offer_id, category_id, decided_on FROM every_decision "
+        f"WHERE standing = '{NEWEST}'"
+    )
+    catalogued = [
+        f"SELECT offer_id, category_id, confidence, model_version, taxonomy_version, {_literal(day)} AS day "
+        f"FROM read_parquet({_literal(folder / 'catalogued.parquet')})"
+        for day, folder in days.items()
+    ]
+    nothing = (
+        "SELECT NULL::VARCHAR AS offer_id, NULL::VARCHAR AS category_id, NULL::DOUBLE AS confidence, "
+        "NULL::VARCHAR AS model_version, NULL::VARCHAR AS taxonomy_version, NULL::VARCHAR AS day LIMIT 0"
+    )
+    database.execute(f"CREATE TEMP VIEW catalogued AS {' UNION ALL '.join(catalogued or [nothing])}")
+    places = [
+        f"SELECT offer_id, country, {_literal(day)} AS day "
+        f"FROM read_parquet({_literal(folder / 'offers.parquet')}) SEMI JOIN decision USING (offer_id)"
+        for day, folder in context.partitions("offers").items()
+        if day in days
+    ]
+    no_places = "SELECT NULL::VARCHAR AS offer_id, NULL::VARCHAR AS country, NULL::VARCHAR AS day LIMIT 0"
+    database.execute(f"CREATE TEMP VIEW place AS {' UNION ALL '.join(places or [no_places])}")
+
+
+def _unmatched(database: duckdb.DuckDBPyConnection, first_day: str, compared: int) -> Unmatched:
+    decisions, before = database.execute(
+        "SELECT count(*), count(*) FILTER (decided_on < ?) FROM decision", [first_day]
+    ).fetchall()[0]
+    ((unknown,),) = database.execute(
+        "SELECT count(*) FROM decision ANTI JOIN catalogued USING (offer_id) WHERE decided_on >= ?",
+        [first_day],
+    ).fetchall()
+    return Unmatched(before=before, too_early=decisions - before - unknown - compared, unknown=unknown)
+
+
+class _InForce:
+    """Brings the categories of each model's own taxonomy to the one in force."""
+
+    def __init__(self, taxonomy: Taxonomy, transitions: Transitions) -> None:
+        self._taxonomy = taxonomy
+        self._transitions = transitions
+        self._needed: dict[str, dict[str, Transition]] = {}
+        self._moves: dict[str, dict[str, str]] = {}
+
+    def category(self, taxonomy_version: str, category_id: str) -> str:
+        """The category in force that is most likely meant."""
+        self._prepare(taxonomy_version)
+        return self._moves[taxonomy_version].get(category_id, category_id)
+
+    def complete(self, found: pd.DataFrame) -> pd.DataFrame:
+        """With the columns of :data:`COMPARED_SCHEMA` that follow from the others."""
+        versions, predicted = found["taxonomy_version"].tolist(), found["predicted_as"].tolist()
+        actual = found["actual"].tolist()
+        found["predicted"] = [self.category(v, p) for v, p in zip(versions, predicted, strict=True)]
+        found["predicted_top"] = [self._top(category) for category in found["predicted"]]
+        found["actual_top"] = [self._top(category) for category in actual]
+        found["right_in_force"] = found["predicted"] == found["actual"]
+        found["right"] = [
+            a in self._meanings(v, p) for v, p, a in zip(versions, predicted, actual, strict=True)
+        ]
+        return found[COMPARED_SCHEMA.names]
+
+    def _meanings(self, taxonomy_version: str, category_id: str) -> set[str]:
+        transition = self._needed[taxonomy_version].get(category_id)
+        if transition is None:
+            return {category_id}
+        return {successor.category_id for successor in transition.to}
+
+    def _prepare(self, taxonomy_version: str) -> None:
+        if taxonomy_version not in self._needed:
+            needed = self._transitions.for_labels_of(self._transitions.digest_of(taxonomy_version))
+            self._needed[taxonomy_version] = needed
+            self._moves[taxonomy_version] = most_likely_moves(needed.values())
+
+    def _top(self, category_id: str) -> str:
+        return self._taxonomy.ancestor_at(category_id, 1)
+
+
+def _literal(value: object) -> str:
+    return "'" + str(value).replace("'", "''") + "'"

@@ -1,0 +1,290 @@
+"""Quality where labels arrive later: what people decided, and what it says of the categories given."""
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import msgspec
+
+from ml.artifacts import ArtifactRef
+from ml.drift.answers import Answer
+from ml.errors import InputError
+from ml.quality.questions import QUESTIONS
+from ml.stages import STAGES, CorrectionsParameters, LiveQualityParameters
+from offer_assets import policies
+from offer_assets.metadata import materialization, picture, row_count, schema, table
+from offer_assets.taxonomy import taxonomy_in_force
+from resources.artifact_store import ArtifactStore
+from resources.compute import Compute
+from resources.corrections_feed import CorrectionsFeed
+
+CORRECTIONS = "corrections"
+LIVE_QUALITY = "live_quality"
+
+_PLOTS = ("accuracy.png", "shares.png")
+
+corrections_feed_source = dg.AssetSpec(
+    "corrections_feed",
+    description="What people decided about offers later: Parquet, CSV or JSON lines (CORRECTIONS_FEED), or "
+    "that of the demo feed.",
+    group_name=policies.OPERATION,
+    kinds={"file"},
+    owners=[policies.DATA_TEAM],
+    metadata={
+        "dagster/column_schema": schema(
+            [
+                ("offer_id", "string", "Offer of the feed that somebody looked at."),
+                (
+                    "category_id",
+                    "string",
+                    "Category that they gave it; that of the model, where they confirm it.",
+                ),
+                ("decided_at", "string", "When: ISO 8601."),
+            ]
+        )
+    },
+)
+
+
+def quality_assets() -> list[dg.AssetsDefinition]:
+    """``corrections`` and ``live_quality``."""
+    return [corrections, live_quality]
+
+
+def quality_checks() -> list[dg.AssetChecksDefinition]:
+    """What must be true of corrections; one check for each question of live quality."""
+    return [
+        every_corrections_file_was_read,
+        few_corrections_are_quarantined,
+        *(_question_check(question.name, question.title) for question in QUESTIONS),
+    ]
+
+
+@dg.asset(
+    deps=[corrections_feed_source],
+    group_name=policies.OPERATION,
+    kinds={"parquet", "duckdb"},
+    owners=[policies.DATA_TEAM],
+    metadata={
+        "dagster/column_schema": schema(
+            [
+                ("offer_id", "string", "As delivered."),
+                ("category_id", "string", "Of the taxonomy in force."),
+                ("decided_as", "string", "As delivered, perhaps of an earlier taxonomy."),
+                ("decided_at", "timestamp", "UTC."),
+                ("standing", "string", "newest (it counts), superseded or repeated."),
+                ("source_file", "string", "Where it came from."),
+                ("source_row", "int", "Row in that file."),
+            ]
+        )
+    },
+    code_version=STAGES[CORRECTIONS].version,
+)
+def corrections(
+    context: dg.AssetExecutionContext,
+    taxonomy_change: ArtifactRef,
+    corrections_feed: CorrectionsFeed,
+    compute: Compute,
+) -> dg.MaterializeResult:
+    """All decisions of people in the categories of today; what is wrong is in quarantine with its reasons."""
+    files = corrections_feed.files()
+    result = compute.run(
+        context,
+        CORRECTIONS,
+        {"catalog_taxonomy": taxonomy_in_force(taxonomy_change, compute), "taxonomy_change": taxonomy_change},
+        CorrectionsParameters(files=files),
+    )
+    metrics = result.manifest.metrics
+    return materialization(
+        result,
+        metadata={
+            **row_count(metrics["corrections"]),
+            "decided": f"{metrics['decided_from']} to {metrics['decided_until']}"
+            if metrics["corrections"]
+            else "none",
+            "reasons_for_quarantine": table(_reasons(metrics)),
+            "files": table([{"file": file.uri, "first_seen": file.loaded_on} for file in files]),
+        },
+    )
+
+
+@dg.asset(
+    deps=["catalogued_offers"],
+    group_name=policies.OPERATION,
+    kinds={"parquet", "duckdb"},
+    owners=[policies.ML_TEAM],
+    code_version=STAGES[LIVE_QUALITY].version,
+)
+def live_quality(
+    context: dg.AssetExecutionContext,
+    corrections: ArtifactRef,
+    taxonomy_change: ArtifactRef,
+    artifact_store: ArtifactStore,
+    compute: Compute,
+) -> dg.MaterializeResult:
+    """How right the categories of the last weeks were, as far as people have decided since."""
+    every_day = artifact_store.list_pointers("catalogued_offers")
+    if not every_day:
+        raise dg.Failure(
+            "no day is catalogued yet, so corrections say nothing: materialize catalogued_offers first",
+            allow_retries=False,
+        )
+    newest_day = max(every_day)
+    parameters = LiveQualityParameters(newest_day=newest_day)
+    first_day = (
+        datetime.date.fromisoformat(newest_day) - datetime.timedelta(days=parameters.days - 1)
+    ).isoformat()
+    catalogued = {day: ref for day, ref in every_day.items() if first_day <= day}
+    result = compute.run(
+        context,
+        LIVE_QUALITY,
+        {
+            "corrections": corrections,
+            "catalog_taxonomy": taxonomy_in_force(taxonomy_change, compute),
+            "taxonomy_change": taxonomy_change,
+            "catalogued_offers": catalogued,
+            "offers": _offers_behind(catalogued, artifact_store, compute),
+        },
+        parameters,
+    )
+    return materialization(result, metadata=_describe(compute.folder(result.ref)))
+
+
+@dg.asset_check(asset=CORRECTIONS)
+def every_corrections_file_was_read(corrections: ArtifactRef) -> dg.AssetCheckResult:
+    """No file of the feed was unreadable; the others count all the same."""
+    unreadable = corrections.metrics["unreadable_files"]
+    files = corrections.metrics["files"]
+    return dg.AssetCheckResult(
+        passed=not unreadable,
+        description="; ".join(unreadable)
+        or (f"all {files:,} files were read" if files else "there is no file of corrections yet"),
+        metadata={"unreadable_files": len(unreadable)},
+    )
+
+
+@dg.asset_check(asset=CORRECTIONS)
+def few_corrections_are_quarantined(corrections: ArtifactRef) -> dg.AssetCheckResult:
+    """The share of quarantined decisions is what a healthy feed has.
+
+    Those in a category that the taxonomy divided since are shown, but are not the feed's fault.
+    """
+    metrics = corrections.metrics
+    at_fault = metrics["quarantined_by_fault_of_the_feed"]
+    share = at_fault / max(metrics["rows"], 1)
+    divided = metrics["quarantined"] - at_fault
+    beside = f"; {divided:,} more wait for where their category's offers went" if divided else ""
+    is_error = share > policies.QUARANTINE_ERROR_SHARE
+    return dg.AssetCheckResult(
+        passed=share <= policies.QUARANTINE_WARNING_SHARE,
+        severity=dg.AssetCheckSeverity.ERROR if is_error else dg.AssetCheckSeverity.WARN,
+        description=f"{share:.2%} of {metrics['rows']:,} decisions are in quarantine (warning above "
+        f"{policies.QUARANTINE_WARNING_SHARE:.0%}, error above "
+        f"{policies.QUARANTINE_ERROR_SHARE:.0%}){beside}",
+        metadata={
+            "share": share,
+            "quarantined": metrics["quarantined"],
+            "reasons": table(_reasons(metrics)),
+        },
+    )
+
+
+def _question_check(name: str, title: str) -> dg.AssetChecksDefinition:
+    @dg.asset_check(
+        asset=LIVE_QUALITY,
+        name=name,
+        description="Asks of the newest days that are old enough whether this is as before: "
+        f"{title}. Where there are too few labels to tell it passes, and says so: labels may "
+        "come late, or not at all.",
+    )
+    def check(live_quality: ArtifactRef, compute: Compute) -> dg.AssetCheckResult:
+        folder = compute.folder(live_quality)
+        answers = {answer.question: answer for answer in _answers(folder)}
+        return _check_result(answers[name])
+
+    return check
+
+
+def _check_result(answer: Answer) -> dg.AssetCheckResult:
+    findings = [
+        {
+            "what": finding.measure,
+            "where": finding.group or "all offers",
+            "segment": finding.segment,
+            "value": finding.value,
+            "usual": finding.usual,
+            "usual_low": finding.usual_low,
+            "usual_high": finding.usual_high,
+            "p_value": finding.p_value,
+            "level": finding.level,
+            "in_words": finding.sentence,
+        }
+        for finding in answer.findings
+    ]
+    return dg.AssetCheckResult(
+        passed=answer.level in ("OK", "UNKNOWN"),
+        severity=dg.AssetCheckSeverity.ERROR if answer.level == "ERROR" else dg.AssetCheckSeverity.WARN,
+        description=answer.sentence if answer.level != "UNKNOWN" else f"UNKNOWN: {answer.sentence}",
+        metadata={
+            "level": answer.level,
+            "series_tested": answer.series,
+            "findings": table(findings),
+            "findings_in_all": answer.found,
+        },
+    )
+
+
+def _offers_behind(
+    catalogued: dict[str, ArtifactRef], artifact_store: ArtifactStore, compute: Compute
+) -> dict[str, ArtifactRef]:
+    """The offers that each day's categories were given to, for their country; days that lost them are out."""
+    current, found = artifact_store.list_pointers("offers"), {}
+    for day, ref in catalogued.items():
+        try:
+            digest = compute.manifest(ref).inputs.get("offers")
+        except InputError:
+            continue
+        offers = current.get(day)
+        if digest and (offers is None or offers.digest != digest):  # the day was taken again since
+            offers = artifact_store.find_by_digest("offers", digest)
+        if offers is not None:
+            found[day] = offers
+    return found
+
+
+def _reasons(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    from ml.quality.corrections import REASONS
+
+    rows = [
+        {"reason": reason, "decisions": metrics[reason], "meaning": meaning}
+        for reason, meaning in REASONS.items()
+        if metrics[reason]
+    ]
+    return sorted(rows, key=lambda row: -row["decisions"])
+
+
+def _answers(folder: Path) -> list[Answer]:
+    from ml.quality.live import read_quality_report
+
+    return read_quality_report(folder).answers
+
+
+def _describe(folder: Path) -> dict[str, Any]:
+    """What people look at: a sentence, the two plots, the days and the groups."""
+    from ml.quality.live import read_quality_report
+
+    report = read_quality_report(folder)
+    return {
+        "summary": report.sentence,
+        **{
+            f"plot_{name.removesuffix('.png')}": picture((folder / name).read_bytes())
+            for name in _PLOTS
+            if (folder / name).exists()
+        },
+        "days_by_quality": table([msgspec.structs.asdict(day) for day in report.days if day.labels]),
+        "groups": table([msgspec.structs.asdict(group) for group in report.groups]),
+        "delay": f"half of a day's labels come within {report.delays.median_days} days, 90 % within "
+        f"{report.delays.days_until_90_percent}",
+        "report": dg.MetadataValue.path(folder / "quality.json"),
+    }
