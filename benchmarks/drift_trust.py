@@ -442,9 +442,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ]
     )
     failed = outcome.failed_summary_tests
+    some = f"on {sum(map(bool, failed))} of {len(failed)} days at least one"
     print(
         "\nEvidently's DataSummaryPreset on usual days, with a reference as large as the day: "
-        f"{np.mean(failed):.1f} tests failed on average, on {sum(map(bool, failed))} of {len(failed)} days one\n"
+        f"{np.mean(failed):.1f} tests failed on average, {some}\n"
     )
     for reference, of_reference in details.items():
         for sentence in of_reference["sentences"]:

@@ -8,8 +8,10 @@ each, by :meth:`Frame.series`. What to think of them is :mod:`ml.drift.series`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ from ml.drift.measures import (
     number_column,
     text_column,
     title_numbers,
+    titles_with_character,
     top_category,
     usual_characters,
 )
@@ -66,6 +69,20 @@ WORDS_FILE = "words.parquet"
 TITLES_FILE = "titles.parquet"
 ROWS_FILE = "rows.parquet"
 SERIES_FILE = "series.parquet"
+OFFERS_FILE = "offers.parquet"
+
+_TEXTS = (
+    *("title", "language", "country", "shop_id", "shop_category", "brand", "currency"),
+    *("category_id", "category_path", "fast_category_id"),
+)
+_LOOKED_AT = pa.schema(
+    [
+        *(pa.field(name, pa.string()) for name in _TEXTS),
+        *(pa.field(name, pa.float64()) for name in ("price", "confidence", "fast_confidence")),
+        *(pa.field(name, pa.bool_()) for name in ("taxonomy_known", "trained")),
+    ]
+)
+"""What a frame is fitted on."""
 
 _LEAST_COUNTRY_SHARE, _MOST_COUNTRIES = 0.01, 30
 _LEAST_LANGUAGE_SHARE, _MOST_LANGUAGES = 0.01, 20
@@ -88,6 +105,7 @@ _OPTIONAL_COLUMNS = tuple(
 """Columns that may be missing; whether people labelled an offer is not a property of the feed."""
 
 Mask = npt.NDArray[np.bool_]
+_Days = Mapping[str, tuple[pd.DataFrame, "DayTotals"]]
 
 
 class DayTotals(msgspec.Struct, frozen=True, kw_only=True):
@@ -162,7 +180,7 @@ def totals_of(offers_folder: Path, day: str, complete: bool, shops: Collection[s
 class _Fixed(msgspec.Struct, frozen=True, kw_only=True):
     """``frame.json``: what the reference fixes, beside the vocabulary and the titles."""
 
-    days: list[str]
+    totals: list[DayTotals]
     offers: int
     """Offers of the reference that were looked at."""
     countries: list[str]
@@ -240,6 +258,7 @@ class Frame:
         titles: Sequence[str],
         columns: pa.Table,
         reference: pa.Table,
+        days: Callable[[], _Days],
     ) -> None:
         """Put a frame together; see :meth:`fit` and :meth:`load`.
 
@@ -249,17 +268,19 @@ class Frame:
             titles: Titles of the reference that a day's titles are told apart from.
             columns: Segments of the offers of the reference; see :meth:`columns`.
             reference: Series of the days of the reference.
+            days: Gives what the frame was fitted on.
         """
         self._fixed = fixed
         self._vocabulary = vocabulary
         self._titles = list(titles)
         self._columns = columns
         self._reference = reference
+        self._days = days
 
     @classmethod
     def fit(
         cls,
-        days: Mapping[str, tuple[pd.DataFrame, DayTotals]],
+        days: _Days,
         parameters: DriftReferenceParameters | None = None,
     ) -> Frame:
         """Fit a frame on days of offers.
@@ -284,12 +305,31 @@ class Frame:
             )
         day = np.repeat(np.arange(len(names)), [len(frame) for frame in frames])
         fold = _folds(day)
-        return _Fit(rows, day, fold, [days[name][1] for name in names], parameters).frame()
+        return _Fit(rows, day, fold, [days[name][1] for name in names], parameters).frame(lambda: days)
+
+    def without(self, day: str) -> Frame | None:
+        """The frame of the other days: what a day of the reference is looked at through.
+
+        Looked up in all days it would be looked up in itself, and hold nothing new. Nothing of it may be
+        left, so the frame is fitted once more.
+
+        Returns:
+            None where no other day has an offer.
+        """
+        days = self._days()
+        others = {name: of_day for name, of_day in days.items() if name != day}
+        if not any(len(rows) for rows, _ in others.values()):
+            return None
+        fixed = self._fixed
+        parameters = DriftReferenceParameters(
+            escalate_below=fixed.escalate_below, review_below=fixed.review_below, seed=fixed.seed
+        )
+        return Frame.fit(others, parameters)
 
     @property
     def reference_days(self) -> list[str]:
         """ISO dates of the days of the reference."""
-        return self._fixed.days
+        return [totals.day for totals in self._fixed.totals]
 
     @property
     def reference_offers(self) -> int:
@@ -306,7 +346,7 @@ class Frame:
         return self._reference
 
     def series(self, day: str, rows: pd.DataFrame, totals: DayTotals) -> pa.Table:
-        """The series of a day that is not of the reference.
+        """The series of a day that is not of the reference; for one that is, see :meth:`without`.
 
         Args:
             day: ISO date.
@@ -317,7 +357,7 @@ class Frame:
             Rows of ``SERIES_SCHEMA``. A share or mean of no offers at all has none.
         """
         rows = rows.reset_index(drop=True)
-        measured = _measure(self._fixed, self._vocabulary, rows, self._fixed.usual_prices)
+        measured = _measure(self._fixed, self._vocabulary, rows)
         ours = [title or "" for title in text_column(rows, "title")][: len(self._titles)]
         series = _DaySeries(day)
         series.add_totals(self._fixed, totals)
@@ -336,7 +376,7 @@ class Frame:
             One text column per title ("shop category"); null where an offer is left out of it.
         """
         rows = rows.reset_index(drop=True)
-        measured = _measure(self._fixed, self._vocabulary, rows, self._fixed.usual_prices)
+        measured = _measure(self._fixed, self._vocabulary, rows)
         return _columns(self._fixed, measured)
 
     def save(self, folder: Path) -> None:
@@ -357,6 +397,7 @@ class Frame:
         )
         pq.write_table(self._columns, folder / ROWS_FILE, compression="zstd")
         pq.write_table(self._reference, folder / SERIES_FILE, compression="zstd")
+        _write_offers(self._days(), folder / OFFERS_FILE)
 
     @classmethod
     def load(cls, folder: Path) -> Frame:
@@ -371,6 +412,7 @@ class Frame:
             titles = [str(title) for title in pq.read_table(folder / TITLES_FILE)["title"].to_pylist()]
             columns = pq.read_table(folder / ROWS_FILE)
             reference = pq.read_table(folder / SERIES_FILE, schema=SERIES_SCHEMA)
+            pq.read_schema(folder / OFFERS_FILE)
         except FileNotFoundError as error:
             raise InputError(
                 f"{folder} is no drift reference: {error.filename or error} is missing; make it anew"
@@ -385,7 +427,21 @@ class Frame:
             fixed.vocabulary_languages,
             np.stack(counts, axis=1) if counts else np.zeros((len(words), 0)),
         )
-        return cls(fixed, vocabulary, titles, columns, reference)
+        days = partial(_read_days, folder / OFFERS_FILE, fixed.totals)
+        return cls(fixed, vocabulary, titles, columns, reference, days)
+
+
+def _write_offers(days: _Days, path: Path) -> None:
+    with pq.ParquetWriter(path, _LOOKED_AT.append(pa.field("day", pa.string())), compression="zstd") as file:
+        for day, (rows, _) in days.items():
+            table = pa.Table.from_pandas(rows[_LOOKED_AT.names], _LOOKED_AT, preserve_index=False)
+            file.write_table(table.append_column("day", pa.array([day] * len(rows), pa.string())))
+
+
+def _read_days(path: Path, totals: Sequence[DayTotals]) -> _Days:
+    """What :func:`_write_offers` wrote; read when it is asked for, since few days need it."""
+    rows = pq.read_table(path).to_pandas()
+    return {of_day.day: (rows[rows["day"] == of_day.day], of_day) for of_day in totals}
 
 
 # Fitting
@@ -414,17 +470,19 @@ class _Fit:
         self._seed = parameters.seed
         self._titles = [title or "" for title in text_column(rows, "title")]
         self._languages = text_column(rows, "language")
-        self._vocabulary, tokens = Vocabulary.of(self._titles, self._languages, fold)
+        self._left_out = int(np.unique(fold)[parameters.seed % len(np.unique(fold))])
+        self._vocabularies, tokens = Vocabulary.of(self._titles, self._languages, fold)
         self._fixed = self._fix(parameters, tokens)
-        self._measured = self._measure()
+        looks = self._looks()
+        self._measured = self._measure(looks)
         self._fixed = msgspec.structs.replace(
-            self._fixed,
+            looks[self._left_out],
             bins={
                 number.column: Bins.at_deciles(self._bin_values(number), number.unit) for number in _NUMBERS
             },
         )
 
-    def frame(self) -> Frame:
+    def frame(self, days: Callable[[], _Days]) -> Frame:
         """The fitted frame, with the series of its days."""
         pairs = self._titles_to_tell_apart()
         tables = []
@@ -436,9 +494,10 @@ class _Fit:
             if fold in pairs:
                 series.add_distance(*pairs[fold], self._seed)
             tables.append(series.table())
-        days = pa.array([self._totals[place].day for place in self._day], pa.string())
-        columns = _columns(self._fixed, self._measured).append_column("day", days)
-        return Frame(self._fixed, self._vocabulary, self._pool(), columns, pa.concat_tables(tables))
+        on = pa.array([self._totals[place].day for place in self._day], pa.string())
+        columns = _columns(self._fixed, self._measured).append_column("day", on)
+        vocabulary, reference = self._vocabularies[self._left_out], pa.concat_tables(tables)
+        return Frame(self._fixed, vocabulary, self._pool(), columns, reference, days)
 
     def _fix(self, parameters: DriftReferenceParameters, tokens: Tokens) -> _Fixed:
         rows, fold = self._rows, self._fold
@@ -448,9 +507,10 @@ class _Fit:
         )
         leaves = Names.of(text_column(rows, "category_id"), fold, _LEAST_LEAF_SHARE, _MOST_LEAVES).named
         paths = dict(zip(text_column(rows, "category_id"), text_column(rows, "category_path"), strict=True))
-        words = list(self._vocabulary.numbers)
+        vocabulary = self._vocabularies[self._left_out]
+        words = list(vocabulary.numbers)
         return _Fixed(
-            days=[totals.day for totals in self._totals],
+            totals=list(self._totals),
             offers=len(rows),
             countries=named_countries,
             large_shops=_frequent(
@@ -474,30 +534,39 @@ class _Fit:
             leaves={leaf: paths[leaf] or leaf for leaf in leaves},
             bins={},
             common_words=common_words(tokens.presence(len(words)), words, self._languages, _COMMON_WORDS),
-            usual_characters=usual_characters(self._titles, _USUAL_CHARACTER_SHARE),
+            usual_characters="",
             usual_prices=UsualPrices.of(rows),
-            vocabulary_languages=self._vocabulary.languages,
+            vocabulary_languages=vocabulary.languages,
             folds=len(np.unique(fold)),
             escalate_below=parameters.escalate_below,
             review_below=parameters.review_below,
             seed=parameters.seed,
         )
 
-    def _measure(self) -> _Measured:
+    def _looks(self) -> dict[int, _Fixed]:
+        """What is usual by all folds but one, for each of them: prices and characters."""
+        titles_with = {
+            fold: titles_with_character([self._titles[row] for row in np.flatnonzero(self._fold == fold)])
+            for fold in self._vocabularies
+        }
+        total, groups = sum(titles_with.values(), Counter()), self._fixed.usual_prices.by_group
+        looks = {}
+        for fold, of_fold in titles_with.items():
+            others = np.flatnonzero(self._fold != fold)
+            looks[fold] = msgspec.structs.replace(
+                self._fixed,
+                usual_characters=usual_characters(total - of_fold, len(others), _USUAL_CHARACTER_SHARE),
+                usual_prices=UsualPrices.of(self._rows.iloc[others].reset_index(drop=True), groups),
+            )
+        return looks
+
+    def _measure(self, looks: Mapping[int, _Fixed]) -> _Measured:
         """All offers of the reference, each by what the other folds say."""
         parts, order = [], []
-        for fold in np.unique(self._fold):
+        for fold, fixed in looks.items():
             inside = np.flatnonzero(self._fold == fold)
-            others = self._rows.iloc[np.flatnonzero(self._fold != fold)].reset_index(drop=True)
-            parts.append(
-                _measure(
-                    self._fixed,
-                    self._vocabulary,
-                    self._rows.iloc[inside].reset_index(drop=True),
-                    UsualPrices.of(others, self._fixed.usual_prices.by_group),
-                    of_reference=True,
-                )
-            )
+            rows = self._rows.iloc[inside].reset_index(drop=True)
+            parts.append(_measure(fixed, self._vocabularies[fold], rows, of_reference=True))
             order.append(inside)
         return _Measured.joined(parts, np.argsort(np.concatenate(order), kind="stable"))
 
@@ -516,8 +585,7 @@ class _Fit:
 
     def _pool(self) -> list[str]:
         """Titles that those of another day are told apart from: of all folds but one, as for each fold."""
-        left_out = self._seed % len(np.unique(self._fold))
-        rows = _draw(np.flatnonzero(self._fold != left_out), self._pool_size(), self._seed, -1)
+        rows = _draw(np.flatnonzero(self._fold != self._left_out), self._pool_size(), self._seed, -1)
         return [self._titles[row] for row in rows]
 
     def _pool_size(self) -> int:
@@ -579,22 +647,16 @@ class _Measured:
 
 
 def _measure(
-    fixed: _Fixed,
-    vocabulary: Vocabulary,
-    rows: pd.DataFrame,
-    prices: UsualPrices,
-    *,
-    of_reference: bool = False,
+    fixed: _Fixed, vocabulary: Vocabulary, rows: pd.DataFrame, *, of_reference: bool = False
 ) -> _Measured:
-    """Measure offers; those of the reference (of one fold) without what is known from themselves."""
+    """Measure offers; those of the reference (of one fold) by what is usual without that fold."""
     titles = [title or "" for title in text_column(rows, "title")]
     languages = text_column(rows, "language")
     tokens = Tokens.of(titles, vocabulary.numbers)
     of_titles = title_numbers(titles)
     unknown, unknown_last = vocabulary.unknown(tokens, of_reference=of_reference)
-    without = vocabulary.language_counts(tokens, languages) if of_reference else None
     shops, shop_categories = text_column(rows, "shop_id"), text_column(rows, "shop_category")
-    log_price, price = prices.log_ratio(rows), number_column(rows, "price")
+    log_price, price = fixed.usual_prices.log_ratio(rows), number_column(rows, "price")
     untrained = ~rows["trained"].to_numpy(dtype=bool)
     confidence, fast_confidence = number_column(rows, "confidence"), number_column(rows, "fast_confidence")
     category, fast_category = text_column(rows, "category_id"), text_column(rows, "fast_category_id")
@@ -608,7 +670,7 @@ def _measure(
         "unknown": unknown,
         "unknown_last": unknown_last,
         "unusual": has_others(titles, fixed.usual_characters),
-        "another": vocabulary.speaks_another(tokens, languages, without),
+        "another": vocabulary.speaks_another(tokens, languages),
         "new_shop": fixed.shops.novelty(shops, of_reference=of_reference),
         "new_shop_category": fixed.shop_categories.novelty(shop_categories, of_reference=of_reference),
         "price": log_price,

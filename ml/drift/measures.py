@@ -14,7 +14,8 @@ do not make its own words look known.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 
 import msgspec
@@ -89,14 +90,15 @@ def title_numbers(titles: Sequence[str]) -> dict[str, Floats]:
     return numbers
 
 
-def usual_characters(titles: Sequence[str], least_share: float) -> str:
-    """Characters that at least this share of the titles have."""
-    counts: dict[str, int] = {}
-    for title in titles:
-        for character in set(title):
-            counts[character] = counts.get(character, 0) + 1
-    least = max(least_share * len(titles), 2)
-    return "".join(sorted(character for character, count in counts.items() if count >= least))
+def titles_with_character(titles: Sequence[str]) -> Counter[str]:
+    """How many of the titles have each character."""
+    return Counter(character for title in titles for character in set(title))
+
+
+def usual_characters(titles_with: Mapping[str, int], titles: int, least_share: float) -> str:
+    """Characters that at least this share of so many titles have."""
+    least = max(least_share * titles, 2)
+    return "".join(sorted(character for character, count in titles_with.items() if count >= least))
 
 
 def has_others(titles: Sequence[str], characters: str) -> Floats:

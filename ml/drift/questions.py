@@ -6,9 +6,11 @@ them is :mod:`ml.drift.series`; what is measured is :mod:`ml.drift.measures`.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
-from ml.drift.answers import Kind, Question
+from ml.drift.answers import Kind, Level, Question
 
 VOLUME = "volume_is_usual"
 COMPLETENESS = "values_are_complete"
@@ -40,8 +42,22 @@ PRICE_OVER_USUAL = "price over usual"
 TITLES_WITH_WORD = "titles with the word"
 CONTENT_DISTANCE = "content distance"
 """Area under the curve of telling titles of the day from those of the reference; no deviation."""
-UNITS: dict[str, str] = {PRICE_OVER_USUAL: "times", "title length": "characters"}
+UNITS: dict[str, str] = {PRICE_OVER_USUAL: "times", "title length": "characters", "title words": "words"}
 """Of the numbers whose unit their measure's name does not say."""
+SPANS: dict[str, tuple[float, float]] = {
+    "title length": (0.0, float("inf")),
+    "title words": (0.0, float("inf")),
+    "confidence": (0.0, 1.0),
+    CONTENT_DISTANCE: (0.0, 1.0),
+}
+"""Least and greatest value of the numbers that have one; no range goes beyond."""
+NAMES: dict[str, str] = {
+    "title length": "mean title length",
+    "title words": "mean number of words of a title",
+    "confidence": "mean confidence of the student",
+    CONTENT_DISTANCE: "how well titles can be told from those of the reference (0.5: not at all, 1: always)",
+}
+"""Of numbers, as they are called in a sentence that has to be understood alone."""
 
 
 class LeastEffect(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,11 +84,47 @@ class LeastEffects(msgspec.Struct, frozen=True, kw_only=True):
     """Empty for every question."""
     measure: str = ""
     """Empty for every measure."""
+    segments: tuple[str, ...] = ()
+    """Empty for every segment."""
+    of_all_offers: bool = False
+    """Whether only for the series of all offers, not for those of a country or language."""
     warn: LeastEffect
     error: LeastEffect
 
 
+DAMAGED_TITLES = (
+    "with signs of damaged encoding",
+    "with U+FFFD",
+    "with mojibake",
+    "with ? inside a word",
+    "with an HTML entity",
+    "with invisible characters",
+)
+
 LEAST_EFFECTS: tuple[LeastEffects, ...] = (
+    # A price 20 times off, or of 0, is hardly ever right: sound feeds have next to none, so half a point of
+    # all offers is no assortment but a unit or a column gone wrong. In one country a shop with placeholder
+    # prices is enough for that, so countries go by the limits of shares in general.
+    LeastEffects(
+        kind="share",
+        question=PRICES,
+        measure="prices",
+        of_all_offers=True,
+        warn=LeastEffect(change=0.03, factor=2.0, part=0.002),
+        error=LeastEffect(change=0.10, factor=3.0, part=0.005),
+    ),
+    # Damaged titles are rare as well, but some feeds always have a few, and a shop more or less of that kind
+    # is a fraction of a point. Most titles have no letter that can be damaged: one point that shows it stands
+    # for several that went the wrong way.
+    LeastEffects(
+        kind="share",
+        question=WORDING,
+        measure="titles",
+        segments=DAMAGED_TITLES,
+        of_all_offers=True,
+        warn=LeastEffect(change=0.03, factor=2.0, part=0.003),
+        error=LeastEffect(change=0.10, factor=3.0, part=0.01),
+    ),
     # Assortments turn over, so single words and sections of a title's wording move by some points within a
     # season. A twentieth of all titles gaining or losing a word is worth a look; a sixth is another feed.
     LeastEffects(
@@ -124,6 +176,57 @@ LEAST_EFFECTS: tuple[LeastEffects, ...] = (
 """The first that fits a series holds for it."""
 
 
+class Harmless(msgspec.Struct, frozen=True, kw_only=True):
+    """A direction in which a series may move without anybody having to get up for it."""
+
+    question: str
+    kind: Kind = "share"
+    measure: str = ""
+    """Empty for every measure."""
+    segments: tuple[str, ...] = ()
+    """Empty for every segment."""
+    direction: Literal["less", "more"]
+    most: Level = "WARN"
+    """The level of such a finding, at most."""
+
+
+HARMLESS: tuple[Harmless, ...] = (
+    # A feed that got more complete or less malformed. Still worth a look: gaps may have been filled with a
+    # default, or a check at the source may have been switched off.
+    Harmless(question=COMPLETENESS, direction="less"),
+    # Fewer damaged, cut or odd titles, fewer unknown words. Not "with letters beyond a to z": fewer of them
+    # is what lost umlauts look like.
+    Harmless(
+        question=WORDING,
+        measure="titles",
+        segments=(
+            *DAMAGED_TITLES,
+            "cut off with dots",
+            "with unusual characters",
+            "whose last word the reference does not have",
+        ),
+        direction="less",
+    ),
+    Harmless(question=WORDING, measure="words of titles", direction="less"),
+    # Titles more like the reference than its own days are like each other.
+    Harmless(question=WORDING, kind="number", measure=CONTENT_DISTANCE, direction="less"),
+    # More titles in the language that is declared; the shares of languages themselves count both ways.
+    Harmless(question=LANGUAGES, measure="titles", direction="less"),
+    # Fewer prices of 0 or far off. The mean and the deciles count both ways: cents for euros and back.
+    Harmless(question=PRICES, measure="prices", direction="less"),
+    # No newcomers where some are usual.
+    Harmless(question=SHOP_MIX, segments=("(not in the reference)",), direction="less"),
+    # A surer model, and less work for the student and for people. Deciles of confidence count both ways: a
+    # peak at any place may be a model that answers everything alike.
+    Harmless(question=SURENESS, kind="number", measure="confidence", direction="more"),
+    Harmless(question=SURENESS, measure="offers", direction="less"),
+    # Two models that agree more often.
+    Harmless(question=AGREEMENT, direction="more"),
+)
+"""All else counts both ways. More offers than usual may be duplicates, and a share of a country, shop,
+language, word or category that falls is another one that rises."""
+
+
 class BetweenDays(msgspec.Struct, frozen=True, kw_only=True):
     """How much days differ from each other, beyond what drawing offers explains.
 
@@ -172,18 +275,35 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     autocorrelation: float = 0.3
     """Least correlation of neighbouring days that is allowed for: feeds repeat themselves."""
     least_effects: tuple[LeastEffects, ...] = LEAST_EFFECTS
+    harmless: tuple[Harmless, ...] = HARMLESS
     between_days: tuple[BetweenDays, ...] = BETWEEN_DAYS
     stale_predictions_for_error: float = 0.01
     """Share of predictions outside the taxonomy in force. None is expected, so one is a warning. Up to one in
     a hundred is a category that was just retired; more is a model of another taxonomy."""
 
-    def least_effect(self, question: str, measure: str, kind: Kind) -> LeastEffects:
+    def least_effect(self, question: str, measure: str, group: str, segment: str, kind: Kind) -> LeastEffects:
         """The least effects that hold for a series."""
         return next(
             least
             for least in self.least_effects
-            if least.kind == kind and least.question in ("", question) and least.measure in ("", measure)
+            if least.kind == kind
+            and least.question in ("", question)
+            and least.measure in ("", measure)
+            and (not least.segments or segment in least.segments)
+            and not (least.of_all_offers and group)
         )
+
+    def most(self, question: str, measure: str, segment: str, kind: Kind, change: float) -> Level:
+        """The level that a change in this direction has at most."""
+        direction = "less" if change < 0 else "more"
+        for harmless in self.harmless:
+            if (
+                (harmless.question, harmless.kind, harmless.direction) == (question, kind, direction)
+                and harmless.measure in ("", measure)
+                and (not harmless.segments or segment in harmless.segments)
+            ):
+                return harmless.most
+        return "ERROR"
 
     def differences(self, kind: Kind) -> BetweenDays:
         """What is known beforehand of the differences between days."""

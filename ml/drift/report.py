@@ -20,7 +20,7 @@ from ml.drift.answers import LEVELS, Answer, DayReport, DistanceOfColumn, Questi
 from ml.drift.evidently_report import LEAST_OFFERS, write_evidently_report
 from ml.drift.frame import SERIES_FILE, DayTotals, Frame, totals_of
 from ml.drift.plots import picture
-from ml.drift.questions import AGREEMENT, LIMITS, QUESTIONS, VOLUME
+from ml.drift.questions import AGREEMENT, LIMITS, QUESTIONS, TAXONOMY_IN_FORCE, VOLUME
 from ml.drift.sample import TRAINED_FILE, rows_of, sampled_offers, with_fast_model
 from ml.drift.series import Judgement, expectations, judge, weekdays_are_known
 from ml.errors import InputError
@@ -45,8 +45,10 @@ def write_drift_report(context: StageContext, parameters: DriftParameters) -> di
         InputError: an earlier day was held against another reference.
     """
     day = parameters.day
-    frame = Frame.load(context.input("drift_reference"))
-    earlier = _earlier(context)
+    whole = Frame.load(context.input("drift_reference"))
+    earlier = _earlier(context, whole, day)
+    others = whole.without(day) if day in whole.reference_days else whole
+    frame = others or whole
     totals = totals_of(context.input("offers"), day, parameters.complete, frame.large_shops)
     offers = _looked_at(context, parameters)
     rows = rows_of(offers)
@@ -59,6 +61,9 @@ def write_drift_report(context: StageContext, parameters: DriftParameters) -> di
     for question in QUESTIONS:
         judgement = judgements[question.name]
         why = _why_unknown(question, totals, len(rows), frame, has_fast_model)
+        if others is None and question.name != TAXONOMY_IN_FORCE:
+            judgement = Judgement(question=question.name, level="UNKNOWN", series=0, findings=[])
+            why = f"{day} is all of the reference: there is no other day to hold it against"
         answer = _answer(question, judgement, why)
         if judgement.findings:
             series = expectations(question.name, day, today, reference, earlier)
@@ -67,7 +72,7 @@ def write_drift_report(context: StageContext, parameters: DriftParameters) -> di
             (context.output / name).write_bytes(picture(title, judgement.findings, series, day))
             answer = msgspec.structs.replace(answer, picture=name)
         answers.append(answer)
-    columns = _write_page(context.output / PAGE_FILE, frame, offers, day)
+    columns = _write_page(context.output / PAGE_FILE, others, offers, day)
     report = DayReport(
         day=day,
         offers=totals.offers,
@@ -75,7 +80,7 @@ def write_drift_report(context: StageContext, parameters: DriftParameters) -> di
         reference_days=len(frame.reference_days),
         reference_offers=frame.reference_offers,
         weekdays_allowed_for=weekdays_are_known(frame.reference_days),
-        sentence=_sentence_of_day(day, answers, totals, frame),
+        sentence=_sentence_of_day(day, answers, totals, frame, "other " if frame is not whole else ""),
         answers=answers,
         columns=columns,
     )
@@ -87,18 +92,23 @@ def write_drift_report(context: StageContext, parameters: DriftParameters) -> di
 # The day
 
 
-def _earlier(context: StageContext) -> list[pa.Table]:
-    """Series of earlier days, all measured in the same frame as this one."""
+def _earlier(context: StageContext, frame: Frame, day: str) -> list[pa.Table]:
+    """Series of earlier days, all measured in the same frame as this one.
+
+    A day of the reference is measured in a frame of its own: none is earlier than it, and it is earlier
+    than none.
+    """
     reference = read_manifest(context.input("drift_reference")).digest
     tables = []
-    for day, folder in context.partitions("earlier").items():
+    for earlier, folder in context.partitions("earlier").items():
         used = read_manifest(folder).inputs.get("drift_reference", "")
         if used != reference:
             raise InputError(
-                f"earlier/{day} was held against drift_reference {short_version(used) or '(none)'}, this day "
-                f"is against {short_version(reference)}; leave it out, or make it anew against the same"
+                f"earlier/{earlier} was held against drift_reference {short_version(used) or '(none)'}, this "
+                f"day is against {short_version(reference)}; leave it out, or make it anew against the same"
             )
-        tables.append(pq.read_table(folder / SERIES_FILE))
+        if not {earlier, day} & set(frame.reference_days):
+            tables.append(pq.read_table(folder / SERIES_FILE))
     return tables
 
 
@@ -118,11 +128,12 @@ def _looked_at(context: StageContext, parameters: DriftParameters) -> pa.Table:
     return offers.append_column("taxonomy_known", pa.array(is_known, pa.bool_()))
 
 
-def _write_page(path: Path, frame: Frame, offers: pa.Table, day: str) -> list[DistanceOfColumn]:
+def _write_page(path: Path, frame: Frame | None, offers: pa.Table, day: str) -> list[DistanceOfColumn]:
     """Evidently's page; of too few offers one that says so."""
-    if min(len(offers), frame.reference_offers) < LEAST_OFFERS:
+    of_reference = frame.reference_offers if frame else 0
+    if frame is None or min(len(offers), of_reference) < LEAST_OFFERS:
         said = (
-            f"No comparison on {day}: {len(offers):,} offers against {frame.reference_offers:,} of the "
+            f"No comparison on {day}: {len(offers):,} offers against {of_reference:,} of the "
             f"reference; both need at least {LEAST_OFFERS}."
         )
         path.write_text(
@@ -169,12 +180,12 @@ def _why_unknown(
     )
 
 
-def _sentence_of_day(day: str, answers: Sequence[Answer], totals: DayTotals, frame: Frame) -> str:
+def _sentence_of_day(day: str, answers: Sequence[Answer], totals: DayTotals, frame: Frame, other: str) -> str:
     failed = sorted((a for a in answers if a.level in ("WARN", "ERROR")), key=lambda a: -LEVELS[a.level])
     unknown = sum(answer.level == "UNKNOWN" for answer in answers)
     against = (
-        f"{totals.offers:,} offers against {len(frame.reference_days)} days of {frame.reference_offers:,} "
-        "offers looked at"
+        f"{totals.offers:,} offers against {len(frame.reference_days)} {other}days of "
+        f"{frame.reference_offers:,} offers looked at"
     )
     not_told = f", {unknown} not answered" if unknown else ""
     if not failed:

@@ -21,7 +21,8 @@ series, but much for all series of a measure together. Hence, per series:
    counts, also the exact test of two rates (Przyborowski & Wilenski 1940): the greater p-value holds, because
    no transform makes three offers normal.
 5. **Levels**: Holm's correction (1979) over all series and both windows of a question, at a chance of false
-   alarms that the questions share equally; and an effect that is large enough to matter.
+   alarms that the questions share equally; and an effect that is large enough to matter, in a
+   direction that does.
 """
 
 from __future__ import annotations
@@ -41,8 +42,10 @@ from scipy import special, stats
 from ml.drift.answers import LEVELS, SERIES_SCHEMA, Finding, Kind, Level
 from ml.drift.questions import (
     LIMITS,
+    NAMES,
     PRICE_OVER_USUAL,
     QUESTIONS,
+    SPANS,
     TAXONOMY_IN_FORCE,
     UNITS,
     LeastEffect,
@@ -77,6 +80,8 @@ _LEAST_COUNT = 5.0
 """Expected offers below which a series tells nothing of how much days differ."""
 _OWN_DAYS = 4.0
 """Days of reference that the measure counts as for a series, at least: one measure's series are alike."""
+_MOST_DECIMALS = 6
+"""Of a figure in a sentence."""
 _ANSCOMBE = 3 / 8
 """Added to counts before they are transformed (Anscombe 1948)."""
 
@@ -347,7 +352,8 @@ class _Usual(msgspec.Struct, kw_only=True):
         expected, weekdays = _expected(grid, supposed)
         freedom = np.maximum(days - 1.0 - (_WEEKDAYS - 1) * weekdays, 0.0)
         drawing = _drawing(grid, expected)
-        measures = _numbered([(key[1], key[4]) for key in grid.keys])
+        # In all offers the ups and downs of countries and shops cancel out; their series tell nothing of it.
+        measures = _numbered([(key[1], key[4], _is_of_all_offers(key)) for key in grid.keys])
 
         between = np.empty(len(grid))
         relative = ((grid.value - expected) / _slope(grid, expected))[:, :references]
@@ -374,7 +380,8 @@ class _Usual(msgspec.Struct, kw_only=True):
         autocorrelation = _autocorrelation(grid, residual[:, :references], limits)
         remembered = 1 + between / (usually + between) * (_of_a_mean(references, autocorrelation) - 1)
         told = np.where(np.isfinite(grid.in_reference), by_days[:, :references], 0.0).sum(axis=1)
-        of_mean = (1 + (_WEEKDAYS - 1) * weekdays) * remembered / np.maximum(told, 1e-300)
+        # Days of one weekday are a week apart and remember nothing of each other.
+        of_mean = (remembered + (_WEEKDAYS - 1) * weekdays) / np.maximum(told, 1e-300)
         return cls(
             grid=grid,
             expected=expected,
@@ -393,8 +400,16 @@ class _Usual(msgspec.Struct, kw_only=True):
         spread = np.sqrt(self.variance[rows, None] * (1 + self.uncertainty[rows]))
         width = stats.t.isf(chance / 2, self.freedom[rows])[:, None] * spread
         centre = _stabilised(grid, expected, between)
-        low = np.minimum(_restored(grid, centre - width, between), expected)
-        return low, np.maximum(_restored(grid, centre + width, between), expected)
+        spans = np.array([SPANS.get(key[1], (-np.inf, np.inf)) for key in grid.keys]).reshape(-1, 2)
+        spans[~grid.of_kind("number")] = -np.inf, np.inf
+        low = np.maximum(_restored(grid, centre - width, between), spans[:, :1])
+        high = np.minimum(_restored(grid, centre + width, between), spans[:, 1:])
+        return np.minimum(low, expected), np.maximum(high, expected)
+
+
+def _is_of_all_offers(key: tuple[str, str, str, str, Kind]) -> bool:
+    """Whether a series is the count of all offers."""
+    return key[4] == "count" and not key[2] and not key[3]
 
 
 def _per_kind(grid: _Grid, limits: Limits, name: str) -> Floats:
@@ -720,6 +735,21 @@ def _of_two_rates(usual: _Usual, columns: Sequence[int]) -> Floats:
     return np.where(shares | counts, p_value, 0.0)
 
 
+def _corrected(grid: _Grid, p_values: Floats) -> Floats:
+    """p-values corrected for the number of series and windows.
+
+    The count of all offers has half of its question's chance of false alarms for itself: it is the one
+    series that everything else is a part of, and is not to pay for the number of shops.
+    """
+    of_all = np.array([_is_of_all_offers(key) for key in grid.keys], dtype=bool)
+    if not of_all.any() or of_all.all():
+        return _holm(p_values)
+    corrected = np.empty_like(p_values)
+    for rows in (of_all, ~of_all):
+        corrected[:, rows] = np.minimum(2 * _holm(p_values[:, rows]), 1.0)
+    return corrected
+
+
 def _holm(p_values: Floats) -> Floats:
     """p-values corrected for their number (Holm 1979); what was not tested stays NaN and is not counted."""
     flat = p_values.ravel()
@@ -735,14 +765,19 @@ def _holm(p_values: Floats) -> Floats:
 
 
 def _findings(usual: _Usual, windows: Sequence[_Window], chance: float, limits: Limits) -> list[Finding]:
-    """At most one of each series: the day's or the week's, whichever is stronger."""
-    corrected = _holm(np.stack([window.p_value for window in windows]))
+    """At most one of each series: the day's or the week's, whichever is stronger.
+
+    First what a person would name first: of the worst level, what concerns most of all offers. Where two
+    concern about as many, the narrower series comes first, which moved further.
+    """
+    corrected = _corrected(usual.grid, np.stack([window.p_value for window in windows]))
     unlikely = corrected < _share_of(limits.false_warnings_per_day)
     rows = np.flatnonzero(unlikely.any(axis=0))
     if not len(rows):
         return []
     low, high = usual.ranges(chance, rows)
     findings: list[Finding] = []
+    places: dict[tuple[str, str, str], int] = {}
     for place, row in enumerate(rows.tolist()):
         found = [
             finding
@@ -753,7 +788,30 @@ def _findings(usual: _Usual, windows: Sequence[_Window], chance: float, limits: 
             )
         ]
         findings.extend(sorted(found, key=_strongest_first)[:1])
-    return sorted(findings, key=_strongest_first)
+        places.update((_series_of(finding), row) for finding in found)
+    parts = _parts_of_offers(usual.grid)
+    return sorted(
+        findings,
+        key=lambda finding: (
+            -LEVELS[finding.level],
+            -round(min(abs(finding.effect), 1.0) * parts[places[_series_of(finding)]], 2),
+            *_strongest_first(finding),
+        ),
+    )
+
+
+def _series_of(finding: Finding) -> tuple[str, str, str]:
+    return finding.measure, finding.group, finding.segment
+
+
+def _parts_of_offers(grid: _Grid) -> Floats:
+    """The part of all offers that each series is measured on; the effect of a count is one of all anyway."""
+    offers = grid.offers[:, : grid.references].mean(axis=1)
+    measures = _numbered([(key[1], key[4]) for key in grid.keys])
+    most = np.zeros(int(measures.max(initial=-1)) + 1)
+    np.maximum.at(most, measures, offers)
+    parts: Floats = np.where(grid.of_kind("count"), 1.0, offers / np.maximum(most[measures], 1e-300))
+    return parts
 
 
 def _finding(
@@ -763,9 +821,9 @@ def _finding(
     question, measure, group, segment, kind = usual.grid.keys[row]
     value, expected = float(window.value[row]), float(window.expected[row])
     change, factor = _effect(usual, row, value, expected)
-    least = limits.least_effect(question, measure, kind)
+    least = limits.least_effect(question, measure, group, segment, kind)
     if p_value < _share_of(limits.false_errors_per_day) and _is_large(change, factor, least.error):
-        level: Level = "ERROR"
+        level = limits.most(question, measure, segment, kind, change)
     elif _is_large(change, factor, least.warn):
         level = "WARN"
     else:
@@ -773,6 +831,7 @@ def _finding(
     days, width = usual.expected[row, window.columns], float(window.width[row])
     usual_low = expected - width * float((days - low[window.columns]).mean())
     usual_high = expected + width * float((high[window.columns] - days).mean())
+    least_value, greatest_value = _span(measure, kind)
     finding = Finding(
         question=question,
         measure=measure,
@@ -781,8 +840,8 @@ def _finding(
         level=level,
         value=value,
         usual=expected,
-        usual_low=usual_low if kind == "number" else max(usual_low, 0.0),
-        usual_high=min(usual_high, 1.0) if kind == "share" else usual_high,
+        usual_low=min(max(usual_low, least_value), expected),
+        usual_high=max(min(usual_high, greatest_value), expected),
         effect=change,
         p_value=p_value,
         days=len(window.columns),
@@ -827,13 +886,19 @@ def _strongest_first(finding: Finding) -> tuple[Any, ...]:
     )
 
 
+def _span(measure: str, kind: Kind) -> tuple[float, float]:
+    """Least and greatest value that a series can have."""
+    if kind == "number":
+        return SPANS.get(measure, (-np.inf, np.inf))
+    return 0.0, 1.0 if kind == "share" else np.inf
+
+
 def _sentence(finding: Finding, kind: Kind) -> str:
     """For example "offers, country IT: 0, usually 1,400–1,900"."""
     measure = finding.measure
-    what = ", ".join(part for part in (measure, finding.group, finding.segment) if part)
-    value, low, high = (
-        _in_words(measure, kind, number) for number in (finding.value, finding.usual_low, finding.usual_high)
-    )
+    name = NAMES.get(measure, measure) if kind == "number" else measure
+    what = ", ".join(part for part in (name, finding.group, finding.segment) if part)
+    value, low, high = _in_words(measure, kind, finding.value, finding.usual_low, finding.usual_high)
     unit = "%" if kind == "share" else UNITS.get(measure, "") if kind == "number" else ""
     unit = f" {unit}" if unit else ""
     over = f" over {finding.days} days" if finding.days > 1 else ""
@@ -841,12 +906,34 @@ def _sentence(finding: Finding, kind: Kind) -> str:
     return f"{what}: {value}{unit}{over}, usually {low}{dash}{high}{unit}"
 
 
-def _in_words(measure: str, kind: Kind, number: float) -> str:
+def _in_words(measure: str, kind: Kind, value: float, low: float, high: float) -> tuple[str, str, str]:
+    """Value and range, with as many digits as it takes to tell the value from either end."""
+    shown = [_shown(measure, kind, number) for number in (value, low, high)]
+    decimals = [_decimals(kind, number) for number in shown]
+    if kind == "share" and shown[1] < 0.05:
+        decimals[1] = 0  # next to none
+    for end in (1, 2):
+        while shown[0] != shown[end] and max(decimals[0], decimals[end]) < _MOST_DECIMALS:
+            if f"{shown[0]:.{decimals[0]}f}" != f"{shown[end]:.{decimals[end]}f}":
+                break
+            decimals[0] = decimals[end] = max(decimals[0], decimals[end]) + 1
+    first, second, third = (f"{number:,.{places}f}" for number, places in zip(shown, decimals, strict=True))
+    return first, second, third
+
+
+def _shown(measure: str, kind: Kind, number: float) -> float:
     if kind == "share":
-        return f"{100 * number:.1f}" if number >= 0.001 or number == 0 else f"{100 * number:.2g}"
+        return 100 * number
+    return float(np.exp(number)) if measure == PRICE_OVER_USUAL else number
+
+
+def _decimals(kind: Kind, shown: float) -> int:
+    """Of a number by itself: about three digits, and of a small percentage the first that is not zero."""
     if kind == "count":
-        return f"{number:,.0f}"
-    return f"{np.exp(number):.2f}" if measure == PRICE_OVER_USUAL else f"{number:,.4g}"
+        return 0
+    if kind == "share":
+        return 1 if shown == 0 or shown >= 0.1 else min(int(np.ceil(-np.log10(shown))), _MOST_DECIMALS)
+    return 2 if abs(shown) < 10 else 1 if abs(shown) < 100 else 0
 
 
 def _taxonomy_in_force(grid: _Grid, limits: Limits) -> Judgement:
@@ -878,7 +965,8 @@ def _taxonomy_in_force(grid: _Grid, limits: Limits) -> Judgement:
             sentence="",
         )
         what = ", ".join(part for part in (measure, group, segment) if part)
-        sentence = f"{what}: {_in_words(measure, kind, value)} %, expected is none"
+        percentage, _, _ = _in_words(measure, kind, value, 0.0, 0.0)
+        sentence = f"{what}: {percentage} %, expected is none"
         findings.append(msgspec.structs.replace(finding, sentence=sentence))
     findings.sort(key=_strongest_first)
     level: Level = findings[0].level if findings else "OK" if known else "UNKNOWN"

@@ -68,7 +68,12 @@ class Tokens:
 
 
 class Vocabulary:
-    """The words of the reference, how many folds have each, and how often each language has them."""
+    """The words of the reference, how many folds have each, and how often each language has them.
+
+    How often is counted in all folds but one, for a day of the reference and for any other: the fewer
+    titles the languages are learned from, the more titles seem to fit another one. A reference of two days
+    would else be measured with half of the words that a further day is measured with.
+    """
 
     def __init__(
         self, words: Sequence[str], folds_with: Integers, folds: int, languages: Sequence[str], counts: Floats
@@ -80,25 +85,31 @@ class Vocabulary:
             folds_with: Of each word, the folds of the reference that have it.
             folds: How many folds there are.
             languages: Declared languages that can be told apart.
-            counts: (words, languages) titles of the language that have the word.
+            counts: (words, languages) titles of the language that have the word, in all folds but one.
         """
         self.numbers = {word: number for number, word in enumerate(words)}
         self.folds_with = folds_with
         self.folds = folds
         self.languages = list(languages)
         self.counts = counts
-        self._tells_language = (counts.sum(axis=1) >= _LEAST_OF_WORD) & (folds_with >= 2)
+        self._tells_language = counts.sum(axis=1) >= _LEAST_OF_WORD
 
     @classmethod
-    def of(cls, titles: Sequence[str], declared: Objects, fold: Integers) -> tuple[Vocabulary, Tokens]:
-        """The vocabulary of the reference's titles, and their words."""
+    def of(
+        cls, titles: Sequence[str], declared: Objects, fold: Integers
+    ) -> tuple[dict[int, Vocabulary], Tokens]:
+        """The vocabulary of the reference's titles without each of the folds, and their words."""
         numbers: dict[str, int] = {}
         tokens = Tokens.of(titles, numbers, learn=True)
         pairs = np.unique(fold[tokens.rows] * max(len(numbers), 1) + tokens.words)
         folds_with = np.bincount(pairs % max(len(numbers), 1), minlength=len(numbers))
-        languages = _languages(declared)
-        counts = _counts(tokens.presence(len(numbers)), declared, languages)
-        return cls(list(numbers), folds_with, len(np.unique(fold)), languages, counts), tokens
+        languages, presence, folds = _languages(declared), tokens.presence(len(numbers)), np.unique(fold)
+        vocabularies = {}
+        for left_out in folds:
+            others = np.flatnonzero(fold != left_out)
+            counts = _counts(presence[others], declared[others], languages)
+            vocabularies[int(left_out)] = cls(list(numbers), folds_with, len(folds), languages, counts)
+        return vocabularies, tokens
 
     def unknown(self, tokens: Tokens, *, of_reference: bool) -> tuple[Floats, Floats]:
         """Share of the words of each title that are not in the reference, and whether its last one is.
@@ -114,7 +125,7 @@ class Vocabulary:
         last = np.where(tokens.last == -2, np.nan, weights[np.maximum(tokens.last, -1)])
         return shares, last
 
-    def speaks_another(self, tokens: Tokens, declared: Objects, without: Floats | None = None) -> Floats:
+    def speaks_another(self, tokens: Tokens, declared: Objects) -> Floats:
         """Whether the words of a title fit another language better than the declared one.
 
         NaN where the declared language is not one of :attr:`languages`, or is the only one.
@@ -122,7 +133,6 @@ class Vocabulary:
         Args:
             tokens: Of the titles.
             declared: Language of each title.
-            without: Counts to leave out, those of the titles themselves where they are of the reference.
         """
         result = np.full(len(declared), np.nan)
         if len(self.languages) < 2:
@@ -130,17 +140,13 @@ class Vocabulary:
         place = {language: column for column, language in enumerate(self.languages)}
         own = np.array([place.get(language, -1) for language in declared], dtype=np.int64)
         is_known = own >= 0
-        counts = (self.counts if without is None else self.counts - without)[self._tells_language]
+        counts = self.counts[self._tells_language]
         logs = np.log((counts + 0.5) / (counts.sum(axis=0) + 0.5 * len(counts)))
         presence = tokens.presence(len(self.numbers))[:, self._tells_language]
         scores = presence @ logs
         declared_score = scores[np.arange(len(own)), own]
         result[is_known] = (scores.max(axis=1) - declared_score > _LEAST_EVIDENCE)[is_known]
         return result
-
-    def language_counts(self, tokens: Tokens, declared: Objects) -> Floats:
-        """What these titles contribute to :attr:`counts`."""
-        return _counts(tokens.presence(len(self.numbers)), declared, self.languages)
 
 
 def _languages(declared: Objects) -> list[str]:

@@ -15,7 +15,7 @@ from ml.drift.questions import QUESTIONS
 from tests.conftest import system_program
 from tests.receivers import HttpReceiver, SmtpReceiver
 
-from .conftest import Demo, Ui, run, running_dev, wait_for
+from .conftest import Answer, Demo, Ui, run, running_dev, wait_for
 
 pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.timeout(1500)]
 
@@ -63,7 +63,10 @@ class DriftedDay:
 
 
 @pytest.fixture(scope="module")
-def drifted_day(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DriftedDay]:
+def drifted_day(
+    demo: Demo, drifted: Answer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[DriftedDay]:
+    """The second drifted day in a row: the first was made before, without a daemon and without the policy."""
     folder = tmp_path_factory.mktemp("drift")
     with HttpReceiver(honours_keys=True) as hook, SmtpReceiver() as mails:
         routes = folder / "routes.toml"
@@ -73,7 +76,7 @@ def drifted_day(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             "OFFER_ASSETS_ALERT_ROUTES": str(routes),
             "HOOK_SECRET": "a-secret",
             "OFFER_ASSETS_RETRAIN_ON_DRIFT": "default",
-            "OFFER_ASSETS_RETRAIN_AFTER_DAYS": "1",
+            "OFFER_ASSETS_RETRAIN_AFTER_DAYS": "2",
         }
         before = len(list(demo.home.glob("artifacts/teacher_checkpoint/*")))
         with running_dev(env, folder / "dev.log") as dev:
@@ -85,13 +88,22 @@ def drifted_day(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             day = max(
                 path.stem.removeprefix("offers-") for path in demo.home.glob("demo_feed/offers-*.parquet")
             )
-            checks = wait_for(lambda: red_checks(dev.ui), "a red check", 300)
+            wait_for(lambda: day in report_folders(demo), "the report of the day", 300)
+            checks = wait_for(lambda: red_checks(dev.ui), "a red check", 60)
             wait_for(lambda: hook.effects and mails.mails, "an alert", 180)
             wait_for(lambda: run_ids(dev.ui) - known, "a training", 180)
             wait_for(lambda: not unfinished(dev.ui, known), "the end of the training", 500)
             trainings = [each for each in runs(dev.ui) if each["runId"] not in known]
             assert len(list(demo.home.glob("artifacts/teacher_checkpoint/*"))) == before + 1
             yield DriftedDay(dev.ui, day, hook, mails, checks, trainings)
+
+
+def report_folders(demo: Demo) -> dict[str, Path]:
+    """Finished drift reports by day."""
+    return {
+        json.loads((manifest.parent / "drift.json").read_text())["day"]: manifest.parent
+        for manifest in demo.home.glob("artifacts/drift_report/*/manifest.json")
+    }
 
 
 def runs(ui: Ui) -> list[dict[str, Any]]:
@@ -137,11 +149,7 @@ def test_what_drifted_is_red_and_says_what_moved(drifted_day: DriftedDay) -> Non
 
 
 def test_the_stored_report_is_there(demo: Demo, drifted_day: DriftedDay) -> None:
-    reports = {
-        json.loads((folder / "drift.json").read_text())["day"]: folder / "report.html"
-        for folder in demo.home.glob("artifacts/drift_report/*")
-    }
-    assert reports[drifted_day.day].stat().st_size > 100_000
+    assert (report_folders(demo)[drifted_day.day] / "report.html").stat().st_size > 100_000
 
 
 def test_the_alert_arrives_once_on_every_channel_and_links_to_the_check(drifted_day: DriftedDay) -> None:

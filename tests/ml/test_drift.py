@@ -474,11 +474,11 @@ def test_a_slow_drift_is_found_over_the_days_before(world, reference):
         rows = offers_of(600, seed)
         return rows.assign(fast_category_id=rows["fast_category_id"].where(rows.index % 20 > 0, "c39"))
 
-    earlier = {}
-    for place, day in enumerate(days_before(3)):
+    earlier, last = {}, "2026-03-12"
+    for place, day in enumerate(days_before(3, last)):
         earlier[day], _, _ = world.report(reference, rows_of(300 + place), day=day, earlier={})
-    _, alone, _ = world.report(reference, rows_of(390))
-    _, report, _ = world.report(reference, rows_of(390), earlier=earlier)
+    _, alone, _ = world.report(reference, rows_of(390), day=last)
+    _, report, _ = world.report(reference, rows_of(390), day=last, earlier=earlier)
     levels = [{answer.question: answer.level for answer in one.answers}[AGREEMENT] for one in (alone, report)]
     assert levels == ["OK", "WARN"]
     found = next(answer for answer in report.answers if answer.question == AGREEMENT).findings[0]
