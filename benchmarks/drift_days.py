@@ -45,10 +45,21 @@ SAMPLED = 4_000
 FIRST_DAY = datetime.date(2026, 1, 5)
 """A Monday."""
 
-ACTIVITY_VARIATION = 0.25
-"""Of a shop's offers from day to day: standard deviation over mean."""
-ACTIVITY_MEMORY = 0.5
-"""Correlation of a shop's activity with that of the day before."""
+
+@dataclass(frozen=True)
+class Habits:
+    """How shops behave from day to day."""
+
+    variation: float
+    """Of a shop's offers: standard deviation over mean."""
+    memory: float
+    """Correlation of a shop's activity with that of the day before."""
+
+
+USUAL = Habits(variation=0.25, memory=0.5)
+RESTLESS = Habits(variation=0.40, memory=0.7)
+"""Harder than most feeds: a shop may deliver a third of what it usually does for days."""
+
 WEEKDAY_SWING = 0.17
 """Weekdays raise or lower a country, and a category, by up to this much (log)."""
 VOLUME_VARIATION = 0.05
@@ -144,7 +155,7 @@ KINDS = (
         "encoding damage",
         (0.02, 0.10, 0.40),
         "of offers (whole shops) have every letter beyond ASCII damaged; four titles in five have none",
-        ("wording_is_usual",),
+        ("titles_are_undamaged",),
         ("title",),
     ),
 )
@@ -228,7 +239,7 @@ class _Makes:
 
     def __init__(self, home: Path, offers_per_day: int) -> None:
         self.home, self.offers_per_day = home, offers_per_day
-        self.feed = home / f"feed-{offers_per_day}"
+        self.feed = (home / f"feed-{offers_per_day}").resolve()  # its files are known by their full paths
         self._write_feed()
         release = {"uri": str(DemoFeed().write_taxonomy(home / "taxonomy")), "role": "tree"}
         self.taxonomy = self.make("catalog_taxonomy", {}, source="demo", files=[release])
@@ -536,10 +547,11 @@ class World:
     days: int
     """How many there are."""
     sampled: int = SAMPLED
+    habits: Habits = USUAL
 
     def __post_init__(self) -> None:
         chance = np.random.default_rng([self.seed, 0])
-        self._activity = _activity(chance, self.days, len(self.pool.shops))
+        self._activity = _activity(chance, self.days, len(self.pool.shops), self.habits)
         self._countries = chance.uniform(-WEEKDAY_SWING, WEEKDAY_SWING, (7, len(COUNTRIES) + 1))
         self._tops = chance.uniform(-WEEKDAY_SWING, WEEKDAY_SWING, (7, int(self.pool.top.max()) + 1))
 
@@ -567,7 +579,7 @@ class World:
         rows["price"] = (rows["price"] * levels[pool.shop[looked_at]]).round(2)
         if drift is not None:
             _drift_rows(rows, pool, drift, looked_at)
-        shape = 1 / ACTIVITY_VARIATION**2
+        shape = 1 / self.habits.variation**2
         quarantined = {
             reason: int(chance.poisson(len(delivered) * share * chance.gamma(shape, 1 / shape)))
             for reason, share in pool.quarantined.items()
@@ -594,16 +606,17 @@ def _totals(pool: Pool, day: str, delivered: Integers, quarantined: dict[str, in
         missing={name: by_country(delivered[empty[delivered]]) for name, empty in pool.empty.items()},
         quarantined=quarantined,
         delivered=len(delivered) + sum(quarantined.values()),
+        shops=int((of_shops > 0).sum()),
     )
 
 
-def _activity(chance: np.random.Generator, days: int, shops: int) -> Floats:
+def _activity(chance: np.random.Generator, days: int, shops: int, habits: Habits) -> Floats:
     """Gamma with mean 1, (days, shops)."""
     normal = chance.normal(size=(days, shops))
     for number in range(1, days):
-        normal[number] *= np.sqrt(1 - ACTIVITY_MEMORY**2)
-        normal[number] += ACTIVITY_MEMORY * normal[number - 1]
-    shape = 1 / ACTIVITY_VARIATION**2
+        normal[number] *= np.sqrt(1 - habits.memory**2)
+        normal[number] += habits.memory * normal[number - 1]
+    shape = 1 / habits.variation**2
     return np.asarray(gamma.ppf(norm.cdf(normal), shape, scale=1 / shape))
 
 

@@ -28,7 +28,19 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from benchmarks.drift_days import KINDS, STRENGTHS, Day, Drift, Kind, Pool, World, make_pool
+from benchmarks.drift_days import (
+    KINDS,
+    RESTLESS,
+    STRENGTHS,
+    USUAL,
+    Day,
+    Drift,
+    Habits,
+    Kind,
+    Pool,
+    World,
+    make_pool,
+)
 from benchmarks.report import save, show
 from ml.drift.frame import Frame
 from ml.drift.series import Judgement, judge
@@ -36,6 +48,8 @@ from ml.stages import DriftReferenceParameters
 
 REFERENCES = (28, 7, 3)
 """Days of reference; drift is measured with the first."""
+HABITS = {"usual": USUAL, "restless": RESTLESS}
+"""Shops' habits on days without drift; drift is measured with the first."""
 EPISODE_DAYS = 7
 EARLIER_DAYS = 6
 
@@ -65,7 +79,6 @@ class Ours:
 
     def __init__(self, days: Sequence[Day]) -> None:
         self._frame = Frame.fit({day.day: (day.rows, day.totals) for day in days})
-        self._reference = self._frame.reference_series()
 
     def series(self, day: Day) -> pa.Table:
         """All that a later day needs to know of this one."""
@@ -73,7 +86,8 @@ class Ours:
 
     def judged(self, day: Day, series: pa.Table, earlier: Sequence[pa.Table]) -> Answers:
         """The answers of a day, given those before it, the newest last."""
-        return Answers.of(judge(day.day, series, self._reference, earlier[-EARLIER_DAYS:]))
+        reference = self._frame.reference_series(series)
+        return Answers.of(judge(day.day, series, reference, earlier[-EARLIER_DAYS:]))
 
 
 @dataclass(frozen=True)
@@ -181,14 +195,17 @@ class Episode:
 class Outcome:
     """Everything that was said."""
 
-    usual: dict[int, UsualDays] = field(default_factory=lambda: {days: UsualDays() for days in REFERENCES})
+    usual: dict[tuple[str, int], UsualDays] = field(
+        default_factory=lambda: {(shops, days): UsualDays() for shops in HABITS for days in REFERENCES}
+    )
+    """By the habits of shops and the days of reference."""
     failed_summary_tests: list[int] = field(default_factory=list)
     episodes: dict[tuple[str, str], list[Episode]] = field(
         default_factory=lambda: {(kind.name, strength): [] for kind in KINDS for strength in STRENGTHS}
     )
 
 
-def measure(pool: Pool, worlds: int, usual_days: int, episodes: int) -> Outcome:
+def measure(pool: Pool, worlds: int, usual_days: int, episodes: int, seed: int = 0) -> Outcome:
     """Go through the worlds; each has its references, usual days, and episodes that begin on some of these.
 
     Args:
@@ -196,37 +213,41 @@ def measure(pool: Pool, worlds: int, usual_days: int, episodes: int) -> Outcome:
         worlds: Shop landscapes with habits of their own.
         usual_days: In each world.
         episodes: Per kind and strength, dealt out to the worlds in turn.
+        seed: Of the first world; the next ones follow.
     """
     outcome = Outcome()
-    progress = _Progress(
-        worlds * len(REFERENCES) * usual_days + len(outcome.episodes) * episodes * EPISODE_DAYS
-    )
+    drifted_days = len(outcome.episodes) * episodes * EPISODE_DAYS
+    progress = _Progress(worlds * len(outcome.usual) * usual_days + drifted_days)
     for number in range(worlds):
-        days = _Days(World(pool, seed=number, days=REFERENCES[0] + usual_days), usual_days)
-        sides: tuple[Ours, Evidently] | None = None
-        for length in reversed(REFERENCES):
-            reference = days.reference(length)
-            sides = Ours(reference), Evidently(reference)
-            _add_usual_days(outcome.usual[length], days.usual, *sides)
-            progress.add(usual_days, f"world {number + 1}: {usual_days} usual days, {length} of reference")
-        assert sides is not None
+        all_days = {shops: _Days(pool, seed + number, usual_days, habits) for shops, habits in HABITS.items()}
+        for (shops, length), usual in outcome.usual.items():
+            _add_usual_days(usual, all_days[shops].usual, *_sides(all_days[shops], length))
+            progress.add(usual_days, f"world {number + 1}: {shops} shops, {length} days of reference")
+        days = all_days["usual"]
+        ours, evidently = _sides(days, REFERENCES[0])
         if number == 0:
-            sides[1].check(days.usual[0])
-        outcome.failed_summary_tests.append(sides[1].failed_summary_tests(days.usual[0]))
-        series = [sides[0].series(day) for day in days.usual]
+            evidently.check(days.usual[0])
+        outcome.failed_summary_tests.append(evidently.failed_summary_tests(days.usual[0]))
+        series = [ours.series(day) for day in days.usual]
         for (name, strength), found in outcome.episodes.items():
             for episode in range(number, episodes, worlds):
-                found.append(_episode(days, name, strength, episode, series, *sides))
+                found.append(_episode(days, name, strength, episode, series, ours, evidently))
                 progress.add(EPISODE_DAYS, f"world {number + 1}: {name}, {strength}")
     return outcome
+
+
+def _sides(days: _Days, length: int) -> tuple[Ours, Evidently]:
+    reference = days.reference(length)
+    return Ours(reference), Evidently(reference)
 
 
 class _Days:
     """The days of a world: those that may be reference, then usual ones."""
 
-    def __init__(self, world: World, usual_days: int) -> None:
-        self._world, self.pool = world, world.pool
-        self.usual = [world.day(REFERENCES[0] + number) for number in range(usual_days)]
+    def __init__(self, pool: Pool, number: int, usual_days: int, habits: Habits) -> None:
+        self.pool = pool
+        self._world = World(pool, seed=number, days=REFERENCES[0] + usual_days, habits=habits)
+        self.usual = [self._world.day(REFERENCES[0] + place) for place in range(usual_days)]
 
     def reference(self, length: int) -> list[Day]:
         """The newest days before the usual ones, sampled as ``drift_reference`` does."""
@@ -297,9 +318,10 @@ class _Progress:
 
 
 def usual_rows(outcome: Outcome) -> list[dict[str, Any]]:
-    """Days with a false alarm, by length of the reference."""
+    """Days with a false alarm, by the habits of shops and the length of the reference."""
     return [
         {
+            "shops": shops,
             "reference_days": length,
             "days": len(usual.answers),
             "any_error": sum(bool(answers.questions("ERROR")) for answers in usual.answers),
@@ -308,14 +330,14 @@ def usual_rows(outcome: Outcome) -> list[dict[str, Any]]:
             "evidently_dataset": sum(map(dataset_drifted, usual.columns)),
             "evidently_any_column": sum(map(bool, usual.columns)),
         }
-        for length, usual in outcome.usual.items()
+        for (shops, length), usual in outcome.usual.items()
     ]
 
 
 def usual_details(outcome: Outcome) -> dict[str, Any]:
     """Which questions and columns the false alarms were of, and in which words."""
     return {
-        f"{length} days of reference": {
+        f"{shops} shops, {length} days of reference": {
             **{
                 level: Counter(name for answers in usual.answers for name in answers.questions(level))
                 for level in ("ERROR", "WARN", "UNKNOWN")
@@ -323,14 +345,14 @@ def usual_details(outcome: Outcome) -> dict[str, Any]:
             "sentences": [sentence for answers in usual.answers for sentence in answers.sentences.values()],
             "evidently_columns": Counter(name for columns in usual.columns for name in columns),
         }
-        for length, usual in outcome.usual.items()
+        for (shops, length), usual in outcome.usual.items()
     }
 
 
 def drift_rows(outcome: Outcome) -> list[dict[str, Any]]:
     """Share caught and delay, by kind and strength."""
     kinds = {kind.name: kind for kind in KINDS}
-    usual = outcome.usual[REFERENCES[0]].columns
+    usual = outcome.usual["usual", REFERENCES[0]].columns
     return [
         {
             **_drift_row(kinds[name], strength, episodes),
@@ -418,6 +440,7 @@ _SHOWN = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and report."""
     os.environ.setdefault("DO_NOT_TRACK", "1")  # Evidently reads it when it is imported
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # or threads that train fight over a busy core
     parser = _parser()
     options = parser.parse_args(arguments)
     usual_days = -(-options.days // options.worlds)
@@ -425,7 +448,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--days: at least {EARLIER_DAYS + EPISODE_DAYS} for each of {options.worlds} worlds")
     pool = make_pool(options.home, options.offers_per_day)
     started_at = time.monotonic()
-    outcome = measure(pool, options.worlds, usual_days, options.episodes)
+    outcome = measure(pool, options.worlds, usual_days, options.episodes, options.seed)
     seconds = time.monotonic() - started_at
     usual, drift, details = usual_rows(outcome), drift_rows(outcome), usual_details(outcome)
     print(f"\nDays on which nothing drifted ({seconds:,.0f} s in all)\n")
@@ -449,11 +472,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     for reference, of_reference in details.items():
         for sentence in of_reference["sentences"]:
-            print(f"false alarm, {reference}: {sentence}")
+            if sentence.startswith("ERROR"):
+                print(f"false alarm, {reference}: {sentence}")
     figures = {
         "seconds": seconds,
         "pool_offers": len(pool.offers),
         "worlds": options.worlds,
+        "seed": options.seed,
         "usual_days": usual,
         "false_alarms": details,
         "failed_tests_of_the_summary_preset_on_usual_days": outcome.failed_summary_tests,
@@ -470,6 +495,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--days", type=int, default=200, help="usual days in all (default: %(default)s)")
     parser.add_argument(
         "--episodes", type=int, default=20, help="of each kind and strength (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=100, help="of the first landscape: none that limits were set with"
     )
     parser.add_argument("--result", default="drift_trust", help="name of the file (default: %(default)s)")
     return parser

@@ -6,6 +6,7 @@ import datetime
 import uuid
 
 from ml.errors import InputError
+from offer_assets.wording import COMMAND
 from resources.alerts import Alerts, Incident, News
 from resources.environment import resources_for
 from resources.settings import Settings, variables
@@ -19,7 +20,8 @@ def incidents_text(settings: Settings, *, all_of_them: bool) -> str:
     incidents = _alerts(settings).incidents(all_of_them=all_of_them)
     if not incidents:
         return "nothing was ever told" if all_of_them else "no incident is open (--all shows what was)"
-    return "\n".join(_entry(incident, settings.ui_url, with_state=all_of_them) for incident in incidents)
+    entries = [_entry(incident, settings.ui_url, with_state=all_of_them) for incident in incidents]
+    return "\n".join([*entries, f"({COMMAND} --resolve KEY closes one by hand)"])
 
 
 def channels_text(settings: Settings) -> str:
@@ -32,6 +34,8 @@ def channels_text(settings: Settings) -> str:
         )
     return "\n".join(
         f"{state.channel}: {state.sent} sent, {state.waiting} waiting"
+        + (f" since {_time(state.waiting_since)}" if state.waiting_since else "")
+        + (f", {state.set_aside} of them refused and set aside" if state.set_aside else "")
         + (f"; not taken, tried again: {state.last_error}" if state.last_error else "")
         for state in states
     )
@@ -95,7 +99,12 @@ def resolve(settings: Settings, key: str, by: str) -> None:
         raise InputError(f"--resolve {key}: no such incident is open; open are: {known}")
     now = datetime.datetime.now(datetime.UTC).isoformat()
     news = News(
-        id=f"by-hand:{key}:{now}", incident=key, state="resolved", text=f"Closed by {by or 'hand'}.", at=now
+        id=f"by-hand:{key}:{now}",
+        incident=key,
+        state="resolved",
+        text=f"Closed by {by or 'hand'}.",
+        at=now,
+        by_hand=True,
     )
     alerts.tell([news])
     print(f"{key} is resolved")
@@ -111,7 +120,9 @@ def _entry(incident: Incident, ui_url: str, *, with_state: bool) -> str:
     often = f" ({incident.times} times, last at {_time(incident.last_at)})" if incident.times > 1 else ""
     lines = [f"{_time(incident.opened_at)}  {incident.severity:<8}  {state}{incident.title}{often}"]
     lines += [f"    {incident.text}"] if incident.text else []
-    lines += [f"    {ui_url.rstrip('/')}{incident.link}"] if incident.link else []
+    run = f"/runs/{incident.run}" if incident.run else None
+    pages = dict.fromkeys(filter(None, (incident.link, run)))
+    lines += [f"    {ui_url.rstrip('/')}{page}" for page in pages]
     return "\n".join([*lines, f"    {incident.key}"])
 
 

@@ -31,7 +31,7 @@ from offer_assets.jobs import (
 )
 from offer_assets.operation import DRIFT_REPORT
 from offer_assets.partitions import CPU
-from resources.alerts import Alerts
+from resources.alerts import Alerts, Delivery, News
 from resources.artifact_store import ArtifactStore
 from resources.environment import resources_for
 from resources.offer_feed import OfferFeed
@@ -109,22 +109,22 @@ def run_drifted_day(settings: Settings) -> bool:
     )
     with runs.instance:
         # The endpoint is started again if it has been stopped since.
-        succeeded = runs.run(INGEST_DAY, day) and runs.run(START_ENDPOINT)
-        succeeded = succeeded and runs.run(CATALOGUE_DAY, day)
-        if succeeded:
-            tell_incidents(runs.instance, definitions, resources)
+        if not (runs.run(INGEST_DAY, day) and runs.run(START_ENDPOINT) and runs.run(CATALOGUE_DAY, day)):
+            print(failure(settings, runs), file=sys.stderr)
+            return False
+        told, delivery = tell_incidents(runs.instance, definitions, resources)
     drift = [check for check in runs.failed_checks if check.name in _DRIFT_CHECKS]
-    caught = succeeded and any(check.severity == "ERROR" for check in drift)
-    if caught:
-        print(drift_summary(day, drift, str(runs.of("drift_report")[-1].metadata["report"]), resources))
-    else:
+    if not any(check.severity == "ERROR" for check in drift):
         print(failure(settings, runs), file=sys.stderr)
-    return caught
+        return False
+    report = str(runs.of("drift_report")[-1].metadata["report"])
+    print(drift_summary(day, drift, report, resources["alerts"], told, delivery))
+    return True
 
 
 def tell_incidents(
     instance: dg.DagsterInstance, definitions: dg.Definitions, resources: Mapping[str, Any]
-) -> None:
+) -> tuple[list[News], Delivery]:
     """What the sensors ``incidents`` and ``alert_delivery`` do while a daemon runs."""
     alerts: Alerts = resources["alerts"]
     told = collect(
@@ -137,36 +137,55 @@ def tell_incidents(
     )
     for observation in observations(told):
         instance.report_runless_asset_event(observation)
-    alerts.deliver(_SECONDS_TO_DELIVER)
+    return told, alerts.deliver(_SECONDS_TO_DELIVER)
 
 
-def drift_summary(day: str, drift: Sequence[FailedCheck], report: str, resources: Mapping[str, Any]) -> str:
+def drift_summary(
+    day: str,
+    drift: Sequence[FailedCheck],
+    report: str,
+    alerts: Alerts,
+    told: Sequence[News],
+    delivery: Delivery,
+) -> str:
     """The failed drift checks of a day, its report, and what people were told of it."""
     checks = sorted(drift, key=lambda check: check.severity)  # ERROR before WARN
     keys = {f"check:{DRIFT_REPORT}:{check.name}" for check in drift}
-    alerts: Alerts = resources["alerts"]
-    told = [incident for incident in alerts.incidents() if incident.key in keys]
-    lines = [
-        "",
-        f"The drifted day {day} was caught:",
-        *(f"  {check.severity:<5}  {check.name}: {check.description}" for check in checks),
-        "",
-        f"Report: {report}",
-        "Alerts:",
-        *(
-            f"  {incident.severity:<8}  {incident.title} (since {incident.opened_at[:19]}Z)"
-            for incident in told
-        ),
+    is_new = any(news.incident in keys for news in told)
+    return "\n".join(
+        [
+            "",
+            f"The drifted day {day} was caught:",
+            *(f"  {check.severity:<5}  {check.name}: {check.description}" for check in checks),
+            "",
+            f"Report: {report}",
+            "Alerts:",
+            *(
+                f"  {incident.severity:<8}  {incident.title} (since {incident.opened_at[:19]}Z)"
+                for incident in alerts.incidents()
+                if incident.key in keys
+            ),
+            *(f"  {line}" for line in _delivery_lines(alerts, delivery, is_new=is_new)),
+            "  list them        python -m offer_assets alerts",
+            "",
+        ]
+    )
+
+
+def _delivery_lines(alerts: Alerts, delivery: Delivery, *, is_new: bool) -> list[str]:
+    """What became of the messages, as the channels say."""
+    if not alerts.channels():
+        return ["kept in the outbox (OFFER_ASSETS_ALERT_ROUTES sends them)"]
+    lines = [f"sent to {line}" for line in delivery.sent]
+    lines += [f"not taken, tried again later: {line}" for line in delivery.failed]
+    if (waiting := delivery.waiting - len(delivery.failed)) > 0:
+        messages = "1 message" if waiting == 1 else f"{waiting} messages"
+        lines.append(f"{messages} waiting: `python -m offer_assets alerts --deliver` sends what is due")
+    if lines:
+        return lines
+    return [
+        "nothing was sent: no route is for it" if is_new else "nothing new: people were told when it began"
     ]
-    channels = ", ".join(state.channel for state in alerts.channels())
-    lines += [
-        f"  sent to {channels}"
-        if channels
-        else "  kept in the outbox (OFFER_ASSETS_ALERT_ROUTES sends them)",
-        "  list them        python -m offer_assets alerts",
-        "",
-    ]
-    return "\n".join(lines)
 
 
 def describe_feed(settings: Settings) -> str:

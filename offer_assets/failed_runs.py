@@ -1,7 +1,8 @@
-"""Failed runs: what they are called, and what in them failed."""
+"""Failed runs: what they are called, what in them failed, and what they did not make."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import dagster as dg
@@ -15,6 +16,7 @@ from resources.redaction import without_secrets
 _LONGEST_SELECTION = 100
 
 _OF_A_FAILED_RUN = {
+    DagsterEventType.ASSET_MATERIALIZATION,
     DagsterEventType.ASSET_MATERIALIZATION_PLANNED,
     DagsterEventType.ASSET_CHECK_EVALUATION_PLANNED,
     DagsterEventType.ASSET_CHECK_EVALUATION,
@@ -27,17 +29,33 @@ _RANGE_TAGS = ("dagster/asset_partition_range_start", "dagster/asset_partition_r
 _IMPLICIT_JOB = "__ASSET_JOB"
 
 
+Piece = tuple[str, str]
+"""An asset, and a partition of it; empty where it has none."""
+
+
+class Unmade(msgspec.Struct, frozen=True, array_like=True):
+    """What a failed run was to make and did not: once it is there, whoever made it, the failure is over."""
+
+    at: float
+    """Unix time of the failure."""
+    pieces: list[Piece]
+
+
 class FailedSteps(msgspec.Struct, frozen=True, kw_only=True):
     """What failed in a run."""
 
     lines: list[str] = []
     """A line of every failed step that no check explains."""
+    explained: list[str] = []
+    """A line of every failed step that is a check that did not pass or raised."""
     assets: list[AssetKey] = []
     """Assets of the failed steps; of the whole run where none failed."""
     raised: dict[dg.AssetCheckKey, tuple[float, str]] = {}
     """Checks that raised, when, and how."""
-    are_explained: bool = False
-    """Whether every failed step is a check that did not pass or raised."""
+    made: dict[Piece, float] = {}
+    """What was made all the same, and when."""
+    unmade: list[Piece] = []
+    """What was to be made and was not; empty for a run of several days, which only another such run mends."""
 
     @classmethod
     def of(cls, instance: dg.DagsterInstance, run_id: str) -> FailedSteps:
@@ -48,6 +66,7 @@ class FailedSteps(msgspec.Struct, frozen=True, kw_only=True):
             return cls()
         failures, assets = dict[str, Any](), dict[str, list[AssetKey]]()
         checks, evaluated = dict[str, list[dg.AssetCheckKey]](), set[dg.AssetCheckKey]()
+        planned, made, of_range = list[Piece](), dict[Piece, float](), False
         for record in records:
             event = record.event_log_entry.get_dagster_event()
             step = event.step_key or ""
@@ -57,22 +76,51 @@ class FailedSteps(msgspec.Struct, frozen=True, kw_only=True):
                 evaluated.add(event.asset_check_evaluation_data.asset_check_key)
             elif event.event_type == DagsterEventType.ASSET_CHECK_EVALUATION_PLANNED:
                 checks.setdefault(step, []).append(event.asset_check_planned_data.asset_check_key)
+            elif event.event_type == DagsterEventType.ASSET_MATERIALIZATION:
+                made[_piece(event.asset_key, event.partition)] = record.event_log_entry.timestamp
             elif event.asset_key is not None:
+                plan = event.asset_materialization_planned_data
+                planned.append(_piece(event.asset_key, plan.partition))
+                of_range = of_range or plan.partitions_subset is not None
                 assets.setdefault(step, []).append(event.asset_key)
-        lines, raised = list[str](), dict[dg.AssetCheckKey, tuple[float, str]]()
+        lines, explained = list[str](), list[str]()
+        raised = dict[dg.AssetCheckKey, tuple[float, str]]()
         for step, (at, failure) in failures.items():
             missing = [key for key in checks.get(step, []) if key not in evaluated]
+            line = f"{step}: {failure_line(failure)}"
             if step not in assets and missing:
                 raised |= {key: (at, failure_line(failure)) for key in missing}
-            elif failure.error is None or failure.error.cls_name != _BLOCKED:
-                lines.append(f"{step}: {failure_line(failure)}")
+                explained.append(line)
+            elif failure.error is not None and failure.error.cls_name == _BLOCKED:
+                explained.append(line)
+            else:
+                lines.append(line)
         of_failed = [key for step in failures for key in assets.get(step, [])]
         return cls(
             lines=lines,
+            explained=explained,
             assets=list(dict.fromkeys(of_failed or (key for keys in assets.values() for key in keys))),
             raised=raised,
-            are_explained=bool(failures) and not lines,
+            made=made,
+            unmade=[] if of_range else [piece for piece in planned if piece not in made],
         )
+
+
+def made_in(instance: dg.DagsterInstance, run_id: str) -> dict[Piece, float]:
+    """What a run made, and when; nothing where its log is gone or cannot be read."""
+    return FailedSteps.of(instance, run_id).made
+
+
+def take_out(made: Mapping[Piece, float], unmade: dict[str, Unmade]) -> list[str]:
+    """Take what was made out of what is missing; returns the incidents for which nothing is any more."""
+    over = list[str]()
+    for incident, missing in list(unmade.items()):
+        left = [piece for piece in missing.pieces if made.get(piece, 0.0) <= missing.at]
+        unmade[incident] = Unmade(missing.at, left)
+        if not left:
+            del unmade[incident]
+            over.append(incident)
+    return over
 
 
 def partition_of(run: dg.DagsterRun) -> str:
@@ -99,11 +147,12 @@ def run_incident(run: dg.DagsterRun) -> str:
     return ":".join(filter(None, ("run", run_name(run), partition)))
 
 
-def run_note(run: dg.DagsterRun | None) -> str:
-    """Which run it was; a check may also be reported from outside of runs."""
-    if run is None:
-        return ""
-    return f"Run {run.run_id[:8]} of {run_name(run)} (/runs/{run.run_id})."
+def decode_unmade(bookmark: str | None) -> dict[str, Unmade]:
+    """By incident, as it was kept; what cannot be read is forgotten."""
+    try:
+        return msgspec.json.decode(bookmark, type=dict[str, Unmade]) if bookmark else {}
+    except msgspec.DecodeError:
+        return {}
 
 
 def run_error(event: LoggedEvent) -> str:
@@ -113,3 +162,7 @@ def run_error(event: LoggedEvent) -> str:
     return (
         error_line(error) if error is not None else without_secrets(logged.message or "no error was reported")
     )
+
+
+def _piece(asset: AssetKey, partition: str | None) -> Piece:
+    return asset.to_user_string(), partition or ""

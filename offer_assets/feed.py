@@ -1,5 +1,6 @@
 """A day of offers, from delivered to clean. What is wrong with a row is decided in ``ml.offers``."""
 
+import datetime
 from collections.abc import Iterator
 
 import dagster as dg
@@ -55,10 +56,7 @@ def feed_assets(days: dg.DailyPartitionsDefinition) -> list[dg.AssetsDefinition]
         day = context.partition_key
         files = offer_feed.files_of(day)
         if not files:
-            known = ", ".join(offer_feed.days()[-5:]) or "none"
-            raise dg.Failure(
-                f"the feed has no offers of {day}; the newest days it has: {known}", allow_retries=False
-            )
+            raise dg.Failure(_silence(day, offer_feed.days()), allow_retries=False)
         result = compute.run(context, "raw_offers", {}, RawOffersParameters(files=files, day=day))
         return materialization(
             result,
@@ -125,6 +123,17 @@ def feed_assets(days: dg.DailyPartitionsDefinition) -> list[dg.AssetsDefinition]
         )
 
     return [raw_offers, split_offers]
+
+
+def _silence(day: str, days: list[str]) -> str:
+    """That the feed has nothing of a day, and for how long it has had nothing."""
+    known = ", ".join(days[-5:]) or "none"
+    earlier = [other for other in days if other < day]
+    last = ""
+    if earlier:
+        distance = (datetime.date.fromisoformat(day) - datetime.date.fromisoformat(earlier[-1])).days
+        last = f"{distance} day{'' if distance == 1 else 's'} since the last offers ({earlier[-1]}); "
+    return f"the feed has no offers of {day}; {last}the newest days it has: {known}"
 
 
 def feed_checks(days: dg.DailyPartitionsDefinition) -> list[dg.AssetChecksDefinition]:

@@ -1,6 +1,7 @@
 """Jobs and schedules: which assets are made together, and when."""
 
 import datetime
+from collections.abc import Mapping
 
 import dagster as dg
 
@@ -21,6 +22,9 @@ START_ENDPOINT = "start_endpoint"
 CATALOGUE_DAY = "catalogue_day"
 PROCESS_DAY = "process_day"
 MEASURE_QUALITY = "measure_quality"
+
+_WEEKS_LOOKED_AT = 4
+"""An outage of the whole feed is noticed for so long; a feed of workdays is expected on workdays only."""
 
 FINISHED = frozenset({dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED})
 
@@ -151,22 +155,31 @@ def open_trainings(instance: dg.DagsterInstance, feed: dict[str, str]) -> list[d
     execution_timezone="UTC",
     default_status=dg.DefaultScheduleStatus.RUNNING,
     description="Every day at 01:00 UTC, look at the day before again now that it is over: only then can its "
-    "volume be judged. A day without any offer fails if the same weekday of the week before had some.",
+    "volume be judged. A day without any offer fails if the same weekday of one of the four weeks before had "
+    "some, or any day if the feed is younger than a week.",
 )
 def day_is_over(
     context: dg.ScheduleEvaluationContext, artifact_store: ArtifactStore
 ) -> dg.RunRequest | dg.SkipReason:
     """One run for the day before, if its report is from before its end, or if it brought nothing at all."""
-    now = context.scheduled_execution_time
-    day, week_before = ((now - datetime.timedelta(days=days)).date().isoformat() for days in (1, 8))
+    date = context.scheduled_execution_time.date() - datetime.timedelta(days=1)
+    day = date.isoformat()
     if artifact_store.read_pointer("offer_endpoint") is None:
         return dg.SkipReason("there is no endpoint yet to catalogue a day with")
     report = artifact_store.read_pointer(f"drift_report/{day}")
     if report is not None and _is_of_a_whole_day(artifact_store, report):
         return dg.SkipReason(f"{day} was looked at after its end")
-    if artifact_store.read_pointer(f"offers/{day}") or artifact_store.read_pointer(f"offers/{week_before}"):
+    if _is_expected(date, artifact_store.list_pointers("offers")):
         return dg.RunRequest(run_key=day, partition_key=day)
     return dg.SkipReason(f"the feed brought no offers of {day}, and none were expected")
+
+
+def _is_expected(date: datetime.date, taken: Mapping[str, object]) -> bool:
+    """Whether the feed should have offers of a day, or has, by the days that were taken so far."""
+    before = [(date - day).days for day in map(datetime.date.fromisoformat, taken) if day <= date]
+    if any(days % 7 == 0 and days <= 7 * _WEEKS_LOOKED_AT for days in before):
+        return True
+    return bool(before) and max(before) < 7
 
 
 def _is_of_a_whole_day(artifact_store: ArtifactStore, report: ArtifactRef) -> bool:

@@ -216,8 +216,13 @@ def _question_check(question: Question, days: dg.DailyPartitionsDefinition) -> d
     def check(drift_report: ArtifactRef, compute: Compute) -> dg.AssetCheckResult:
         folder = compute.folder(drift_report)
         answers = {answer.question: answer for answer in read_day_report(folder).answers}
-        may_be_unknown = _may_be_unknown(question, compute.manifest(drift_report))
-        return _check_result(answers[question.name], folder, may_be_unknown=may_be_unknown)
+        made_of = compute.manifest(drift_report)
+        return _check_result(
+            answers[question.name],
+            folder,
+            may_be_unknown=_may_be_unknown(question, made_of),
+            complete=made_of.parameters["complete"],
+        )
 
     return check
 
@@ -232,8 +237,14 @@ def _may_be_unknown(question: Question, made_of: Manifest) -> bool:
     return not is_over or (question.name == AGREEMENT and "fast_checkpoint" not in made_of.inputs)
 
 
-def _check_result(answer: Answer, folder: Path, *, may_be_unknown: bool) -> dg.AssetCheckResult:
-    """An answer as the UI shows it. What should be known and is not did not pass: it is not usual."""
+def _check_result(
+    answer: Answer, folder: Path, *, may_be_unknown: bool, complete: bool
+) -> dg.AssetCheckResult:
+    """An answer as the UI shows it. What should be known and is not did not pass: it is not usual.
+
+    By ``level`` and ``complete``, whoever looks for incidents knows that passing says nothing yet
+    (``offer_assets.check_outcomes.is_no_answer``).
+    """
     findings = [
         {
             "what": finding.measure,
@@ -260,6 +271,7 @@ def _check_result(answer: Answer, folder: Path, *, may_be_unknown: bool) -> dg.A
         metadata={
             **shown,
             "level": answer.level,
+            "complete": complete,
             "series_tested": answer.series,
             "findings": table(findings),
             "findings_in_all": answer.found,

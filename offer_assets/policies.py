@@ -63,8 +63,8 @@ MENDED_BY_TRAINING = (
 """Checks of monitoring whose lasting ERROR a new training can cure, for it learns from the offers of those
 days: other words, languages, shops or categories than the model knows, a model that is less sure of what
 it sees, and answers that people correct more often. Not among them is what no training mends: offers and
-values that do not arrive are the feed's fault, prices are not read by the model, and a change of the
-taxonomy starts a training of its own."""
+values that do not arrive and titles that arrive damaged are the feed's fault, prices are not read by the
+model, and a change of the taxonomy starts a training of its own."""
 
 ENDPOINT_SAMPLE_OFFERS = 200
 """Evaluation offers on which the endpoint has to answer like the artifact it serves."""

@@ -10,7 +10,7 @@ import msgspec
 from ml.artifacts import ArtifactRef
 from ml.drift.answers import Answer
 from ml.errors import InputError
-from ml.quality.questions import QUESTIONS
+from ml.quality.questions import FEED_QUESTIONS, QUESTIONS
 from ml.stages import STAGES, CorrectionsParameters, LiveQualityParameters
 from offer_assets import policies
 from offer_assets.metadata import materialization, picture, row_count, schema, table
@@ -22,7 +22,16 @@ from resources.corrections_feed import CorrectionsFeed
 CORRECTIONS = "corrections"
 LIVE_QUALITY = "live_quality"
 
-_PLOTS = ("accuracy.png", "shares.png")
+_OF_THE_MODEL = (
+    "Asks of the newest days that are old enough whether this is as before. With too few labels to tell it "
+    "passes and says so while the feed is young, for labels may come late; after that it warns"
+)
+_OF_THE_FEED = (
+    "Asks whether the corrections still are what they were, without which nothing is known of the model"
+)
+
+_PLOTS = ("accuracy.png", "shares.png", "decisions.png")
+_PAGE = "report.html"
 
 corrections_feed_source = dg.AssetSpec(
     "corrections_feed",
@@ -57,7 +66,11 @@ def quality_checks() -> list[dg.AssetChecksDefinition]:
     return [
         every_corrections_file_was_read,
         few_corrections_are_quarantined,
-        *(_question_check(question.name, question.title) for question in QUESTIONS),
+        *(_question_check(question.name, f"{_OF_THE_MODEL}: {question.title}.") for question in QUESTIONS),
+        *(
+            _question_check(question.name, f"{_OF_THE_FEED}: {question.title}.")
+            for question in FEED_QUESTIONS
+        ),
     ]
 
 
@@ -85,10 +98,18 @@ def corrections(
     context: dg.AssetExecutionContext,
     taxonomy_change: ArtifactRef,
     corrections_feed: CorrectionsFeed,
+    artifact_store: ArtifactStore,
     compute: Compute,
 ) -> dg.MaterializeResult:
     """All decisions of people in the categories of today; what is wrong is in quarantine with its reasons."""
     files = corrections_feed.files()
+    before = artifact_store.read_pointer(CORRECTIONS)
+    if corrections_feed.is_there and not files and before is not None and before.metrics.get("files"):
+        raise dg.Failure(
+            f"the corrections feed has no file any more; it had {before.metrics['files']:,} before: see "
+            "whether CORRECTIONS_FEED still names it, and whether whoever delivers it stopped",
+            allow_retries=False,
+        )
     result = compute.run(
         context,
         CORRECTIONS,
@@ -166,47 +187,51 @@ def every_corrections_file_was_read(corrections: ArtifactRef) -> dg.AssetCheckRe
 
 @dg.asset_check(asset=CORRECTIONS)
 def few_corrections_are_quarantined(corrections: ArtifactRef) -> dg.AssetCheckResult:
-    """The share of quarantined decisions is what a healthy feed has.
+    """The share of quarantined decisions is what a healthy feed has, in the files of the newest week.
 
-    Those in a category that the taxonomy divided since are shown, but are not the feed's fault.
+    Those of all time are shown beside. Decisions in a category that the taxonomy divided since are shown too,
+    but are not the feed's fault.
     """
     metrics = corrections.metrics
     at_fault = metrics["quarantined_by_fault_of_the_feed"]
-    share = at_fault / max(metrics["rows"], 1)
+    rows = metrics["recent_rows"]
+    share = metrics["recent_quarantined_by_fault_of_the_feed"] / max(rows, 1)
+    share_of_all = at_fault / max(metrics["rows"], 1)
     divided = metrics["quarantined"] - at_fault
     beside = f"; {divided:,} more wait for where their category's offers went" if divided else ""
+    since = f" of the files since {metrics['recent_since']}" if rows else ""
     is_error = share > policies.QUARANTINE_ERROR_SHARE
     return dg.AssetCheckResult(
         passed=share <= policies.QUARANTINE_WARNING_SHARE,
         severity=dg.AssetCheckSeverity.ERROR if is_error else dg.AssetCheckSeverity.WARN,
-        description=f"{share:.2%} of {metrics['rows']:,} decisions are in quarantine (warning above "
+        description=f"{share:.2%} of {rows:,} decisions{since} are in quarantine (warning above "
         f"{policies.QUARANTINE_WARNING_SHARE:.0%}, error above "
-        f"{policies.QUARANTINE_ERROR_SHARE:.0%}){beside}",
+        f"{policies.QUARANTINE_ERROR_SHARE:.0%}); {share_of_all:.2%} of {metrics['rows']:,} in all{beside}",
         metadata={
             "share": share,
+            "share_of_all": share_of_all,
             "quarantined": metrics["quarantined"],
             "reasons": table(_reasons(metrics)),
         },
     )
 
 
-def _question_check(name: str, title: str) -> dg.AssetChecksDefinition:
-    @dg.asset_check(
-        asset=LIVE_QUALITY,
-        name=name,
-        description="Asks of the newest days that are old enough whether this is as before: "
-        f"{title}. Where there are too few labels to tell it passes, and says so: labels may "
-        "come late, or not at all.",
-    )
+def _question_check(name: str, description: str) -> dg.AssetChecksDefinition:
+    is_of_the_feed = name in {question.name for question in FEED_QUESTIONS}
+
+    @dg.asset_check(asset=LIVE_QUALITY, name=name, description=description)
     def check(live_quality: ArtifactRef, compute: Compute) -> dg.AssetCheckResult:
+        from ml.quality.live import read_quality_report
+
         folder = compute.folder(live_quality)
-        answers = {answer.question: answer for answer in _answers(folder)}
-        return _check_result(answers[name])
+        report = read_quality_report(folder)
+        (answer,) = (answer for answer in report.answers if answer.question == name)
+        return _check_result(answer, folder, may_be_unknown=is_of_the_feed or report.may_be_unknown)
 
     return check
 
 
-def _check_result(answer: Answer) -> dg.AssetCheckResult:
+def _check_result(answer: Answer, folder: Path, *, may_be_unknown: bool) -> dg.AssetCheckResult:
     findings = [
         {
             "what": finding.measure,
@@ -222,15 +247,20 @@ def _check_result(answer: Answer) -> dg.AssetCheckResult:
         }
         for finding in answer.findings
     ]
+    shown: dict[str, Any] = (
+        {"plot": picture((folder / answer.picture).read_bytes())} if answer.picture else {}
+    )
     return dg.AssetCheckResult(
-        passed=answer.level in ("OK", "UNKNOWN"),
+        passed=answer.level == "OK" or (answer.level == "UNKNOWN" and may_be_unknown),
         severity=dg.AssetCheckSeverity.ERROR if answer.level == "ERROR" else dg.AssetCheckSeverity.WARN,
         description=answer.sentence if answer.level != "UNKNOWN" else f"UNKNOWN: {answer.sentence}",
         metadata={
+            **shown,
             "level": answer.level,
             "series_tested": answer.series,
             "findings": table(findings),
             "findings_in_all": answer.found,
+            "report": dg.MetadataValue.path(folder / _PAGE),
         },
     )
 
@@ -264,19 +294,14 @@ def _reasons(metrics: dict[str, Any]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["decisions"])
 
 
-def _answers(folder: Path) -> list[Answer]:
-    from ml.quality.live import read_quality_report
-
-    return read_quality_report(folder).answers
-
-
 def _describe(folder: Path) -> dict[str, Any]:
-    """What people look at: a sentence, the two plots, the days and the groups."""
+    """What people look at: a sentence, the page, the plots, the days and the groups."""
     from ml.quality.live import read_quality_report
 
     report = read_quality_report(folder)
     return {
         "summary": report.sentence,
+        "report": dg.MetadataValue.path(folder / _PAGE),
         **{
             f"plot_{name.removesuffix('.png')}": picture((folder / name).read_bytes())
             for name in _PLOTS
@@ -286,5 +311,4 @@ def _describe(folder: Path) -> dict[str, Any]:
         "groups": table([msgspec.structs.asdict(group) for group in report.groups]),
         "delay": f"half of a day's labels come within {report.delays.median_days} days, 90 % within "
         f"{report.delays.days_until_90_percent}",
-        "report": dg.MetadataValue.path(folder / "quality.json"),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Sequence
 
 from offer_assets import policies
@@ -10,6 +11,8 @@ from offer_assets.wording import capital, iso, sentences, unix
 from resources.alerts import News
 from resources.tracking import RegisteredVersion
 
+_REFUSAL = re.compile(r"offer_endpoint: .* (did not pass the gate|was rejected by .*) and is not served")
+"""How the step fails that does not serve a version (see ``offer_assets.release``)."""
 _WAITS, _STUCK = "version-waits:", "version-stuck:"
 _WAITS_TOO_LONG_SECONDS = 86_400.0
 """A version that passed the gate is forgotten if nobody has decided after so long."""
@@ -48,6 +51,11 @@ def version_news(
                 )
             )
     return news
+
+
+def is_refusal(failed_steps: Sequence[str]) -> bool:
+    """Whether a run failed for nothing but that gate or people refuse its version: that is told as such."""
+    return len(failed_steps) == 1 and _REFUSAL.match(failed_steps[0]) is not None
 
 
 def refused_version_news(version: RegisteredVersion, title: str, text: str, at: str = "") -> News:

@@ -9,6 +9,9 @@ import dagster as dg
 
 from resources.redaction import without_secrets
 
+COMMAND = "python -m offer_assets alerts"
+"""What people type to see and close incidents."""
+
 _LONGEST_LINE = 500
 
 

@@ -23,13 +23,17 @@ from resources.alerts import SEVERITIES, Severity
 from resources.channels import Channel
 from resources.email_channel import EmailChannel
 from resources.pagerduty_channel import PagerDutyChannel
-from resources.redaction import without_secrets
+from resources.redaction import forms_of, without_secrets, without_these
 from resources.slack_channel import SlackChannel
 from resources.transport import MailServer, Security, Way, trusted
 from resources.webhook_channel import WebhookChannel
 
 _REMINDER_HOURS: dict[Severity, float] = {"ERROR": 24.0, "CRITICAL": 24.0}
 _SECONDS_BETWEEN_MESSAGES = 60.0
+_GATHER_SECONDS = 30.0
+_LEAST_BLOTTED = 6
+"""Shorter values of variables are words or numbers, and would be blotted out of half the texts."""
+_ALWAYS_HEARD: tuple[Severity, ...] = ("ERROR", "CRITICAL")
 _PORTS: dict[Security, int] = {"starttls": 587, "tls": 465, "none": 25}
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
@@ -75,13 +79,18 @@ class Routes:
         default: Sequence[str] = (),
         reminder_hours: Mapping[Severity, float] = _REMINDER_HOURS,
         seconds_between_messages: float = _SECONDS_BETWEEN_MESSAGES,
+        gather_seconds: float = _GATHER_SECONDS,
         ui_url: str = "",
+        secrets: Iterable[str] = (),
     ) -> None:
         self.channels: dict[str, Channel] = dict(channels or {})
         self.reminder_hours: dict[Severity, float] = dict(reminder_hours)
         """Hours after which an open incident is told again, by severity; never for those not in it."""
         self.seconds_between_messages = seconds_between_messages
+        self.gather_seconds = gather_seconds
+        """So long news waits for more of it before it becomes a message, unless some of it is CRITICAL."""
         self.ui_url = ui_url
+        self._secrets = forms_of(secrets)
         self._routes = tuple(routes)
         self._default = tuple(default)
 
@@ -89,6 +98,10 @@ class Routes:
         """Names of the channels of all matching routes; of the default route where none matches."""
         matching = [route.channels for route in self._routes if route.is_for(severity, group, owners)]
         return list(dict.fromkeys(name for names in (matching or [self._default]) for name in names))
+
+    def without_secrets(self, text: str) -> str:
+        """``text`` without what looks like a secret, and without those that the channels use."""
+        return without_secrets(without_these(text, self._secrets))
 
 
 def read_routes(path: str | None, environ: Mapping[str, str], ui_url: str = "") -> Routes:
@@ -104,23 +117,32 @@ def read_routes(path: str | None, environ: Mapping[str, str], ui_url: str = "") 
     """
     if not path:
         return Routes(ui_url=ui_url)
+    secrets: list[str] = []
     try:
-        return _routes_of(_parsed(Path(path).expanduser()), environ, ui_url)
+        text = _text(Path(path).expanduser())
+        values = [environ.get(variable, "").strip() for variable in _REFERENCE.findall(text)]
+        secrets = [value for value in values if len(value) >= _LEAST_BLOTTED]
+        return _routes_of(_parsed(text), environ, ui_url, secrets)
     except InputError as error:
-        problem = without_secrets(str(error))
+        problem = without_secrets(without_these(str(error), forms_of(secrets)))
     # Raised out here, so that no secret hangs on it as its context.
     raise InputError(f"{path}: {problem}")
 
 
-def _parsed(path: Path) -> dict[str, Any]:
+def _text(path: Path) -> str:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError("there is no such file; alerts.example.toml is one to start from") from None
     except OSError as error:
         raise InputError(f"cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise InputError("is not UTF-8 text") from None
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"is not TOML: {error}") from None
 
@@ -157,9 +179,12 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
     routes: list[dict[str, Any]] = []
     reminders: dict[str, Any] = {}
     seconds_between_messages: Annotated[float, msgspec.Meta(ge=0)] = _SECONDS_BETWEEN_MESSAGES
+    gather_seconds: Annotated[float, msgspec.Meta(ge=0)] = _GATHER_SECONDS
 
 
-def _routes_of(file: dict[str, Any], environ: Mapping[str, str], ui_url: str) -> Routes:
+def _routes_of(
+    file: dict[str, Any], environ: Mapping[str, str], ui_url: str, secrets: Sequence[str]
+) -> Routes:
     read = _table(file, _File, "the file", environ)
     channels = {name: _channel(name, table, environ) for name, table in read.channels.items()}
     if channels and not read.routes:
@@ -178,14 +203,24 @@ def _routes_of(file: dict[str, Any], environ: Mapping[str, str], ui_url: str) ->
     if len(defaults) > 1:
         raise InputError("has two default routes; keep one")
     hours = msgspec.structs.asdict(_table(read.reminders, _ReminderTable, "[reminders]", environ))
-    return Routes(
+    result = Routes(
         channels,
         routes,
         default=defaults[0].channels if defaults else (),
         reminder_hours={severity: hours[severity] for severity in SEVERITIES if hours[severity]},
         seconds_between_messages=read.seconds_between_messages,
+        gather_seconds=read.gather_seconds,
         ui_url=ui_url,
+        secrets=secrets,
     )
+    for severity in _ALWAYS_HEARD if channels else ():
+        # Failed runs of several groups, sensors and sources have no group or owner.
+        if not result.channels_for(severity, None, ()):
+            raise InputError(
+                f"has no route for {severity} without group and owner, of which nobody would hear; add "
+                "[[routes]] with default = true and channels"
+            )
+    return result
 
 
 class _SlackTable(msgspec.Struct, forbid_unknown_fields=True):
@@ -315,21 +350,28 @@ def _table(given: dict[str, Any], kind: type[_Table], place: str, environ: Mappi
 
 
 def _filled(value: Any, kind: Any, place: str, environ: Mapping[str, str], *, may_be_plain: bool) -> Any:
-    """``value``, or the secret that it refers to where ``kind`` is one."""
+    """``value`` with what it refers to; where ``kind`` is a secret, it must be a reference."""
     if kind in (SecretStr, SecretStr | None):
         return _secret(value, place, environ, may_be_plain=may_be_plain)
     if kind == dict[str, SecretStr] and isinstance(value, dict):
         return {key: _secret(each, f"{place}.{key}", environ) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_filled(each, str, place, environ, may_be_plain=True) for each in value]
+    if isinstance(value, str):
+        return _REFERENCE.sub(lambda reference: _variable(reference[1], place, environ), value)
     return value
+
+
+def _variable(name: str, place: str, environ: Mapping[str, str]) -> str:
+    if not environ.get(name):
+        raise InputError(f"{place} is to come from the environment variable {name}, which is not set")
+    return environ[name].strip()
 
 
 def _secret(value: Any, place: str, environ: Mapping[str, str], *, may_be_plain: bool = False) -> SecretStr:
     reference = _REFERENCE.fullmatch(value) if isinstance(value, str) else None
     if reference is not None:
-        variable = reference[1]
-        if not environ.get(variable):
-            raise InputError(f"{place} is to come from the environment variable {variable}, which is not set")
-        return SecretStr(environ[variable].strip())
+        return SecretStr(_variable(reference[1], place, environ))
     if may_be_plain and isinstance(value, str) and "$" not in value and without_secrets(value) == value:
         return SecretStr(value)
     key = re.sub(r"\W", "_", place.removeprefix("channels.")).upper()

@@ -40,8 +40,13 @@ class OutboxAlerts(Alerts):
 
     @override
     @input_errors_fail_plainly()
-    def tell(self, news: Sequence[News], bookmarks: dict[str, str] | None = None) -> list[News]:
-        return self._outbox().tell(news, bookmarks, self._routes())
+    def tell(
+        self,
+        news: Sequence[News],
+        bookmarks: dict[str, str] | None = None,
+        expected: dict[str, str | None] | None = None,
+    ) -> list[News]:
+        return self._outbox().tell(news, bookmarks, self._routes(), expected)
 
     @override
     @input_errors_fail_plainly()
@@ -99,13 +104,13 @@ def channel_states(outbox: Outbox, routes: Routes) -> list[ChannelState]:
 
 
 def deliver(outbox: Outbox, routes: Routes, seconds: float) -> Delivery:
-    """Queue the reminders that are due, and send what waits for the channels of ``routes``.
+    """Queue the reminders and late ends that are due, and send what waits for the channels of ``routes``.
 
     Each channel has a thread of its own, so that one that is slow or broken holds up no other.
     """
+    outbox.remind(routes)
     if not routes.channels:
         return Delivery(sent=(), failed=(), waiting=0)
-    outbox.remind(routes)
     rounds = [_Round(outbox, channel, routes, seconds) for channel in routes.channels.values()]
     for one in rounds:
         one.start()
@@ -155,7 +160,9 @@ class _Round:
     def _run(self) -> None:
         try:
             while (left := self._until - time.monotonic()) > _SHORTEST_SEND:
-                leased = self._outbox.lease(self._channel.name, self._routes.seconds_between_messages)
+                leased = self._outbox.lease(
+                    self._channel.name, self._routes.seconds_between_messages, self._routes.gather_seconds
+                )
                 if leased is None:
                     return
                 self._in_hand = leased

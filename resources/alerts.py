@@ -38,13 +38,17 @@ class News(msgspec.Struct, frozen=True, kw_only=True):
     asset: str | None = None
     """Key of the asset that it is about."""
     link: str | None = None
-    """Path of the page in the UI that shows more, e.g. ``/runs/<id>``."""
+    """Path of the page in the UI that shows more, e.g. ``/assets/offers``."""
+    run: str | None = None
+    """Id of the run in which it was found, if there was one."""
     group: str | None = None
     """Of the asset; routes choose by it."""
     owners: tuple[str, ...] = ()
     """Of the asset; routes choose by them."""
     at: str = ""
     """ISO time (UTC) at which it happened; filled in with now."""
+    by_hand: bool = False
+    """Whether a person says so: then an end is believed at once, also of what came and went all the time."""
 
 
 class Incident(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,6 +65,8 @@ class Incident(msgspec.Struct, frozen=True, kw_only=True):
     """Of the newest news."""
     asset: str | None
     link: str | None
+    run: str | None
+    """Id of the run in which it was found last, if there was one."""
     group: str | None
     owners: tuple[str, ...]
     opened_at: str
@@ -77,8 +83,16 @@ class ChannelState(msgspec.Struct, frozen=True, kw_only=True):
     sent: int
     waiting: int
     """Messages that it still has to take."""
+    waiting_since: str
+    """ISO time (UTC) since which the oldest of them waits, those set aside left out; empty if none does."""
+    set_aside: int
+    """Messages among them that it refused so often that the others do not wait for them any more."""
     last_error: str
     """Why it did not take the oldest of them; empty if it did, or was not asked yet."""
+
+
+class Moved(Exception):
+    """Somebody else has read on from a bookmark in the meantime: nothing was kept, read again from there."""
 
 
 class Delivery(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,7 +109,12 @@ class Alerts(dg.ConfigurableResource[Any], ABC):
     """Where news goes, and how it reaches people."""
 
     @abstractmethod
-    def tell(self, news: Sequence[News], bookmarks: dict[str, str] | None = None) -> list[News]:
+    def tell(
+        self,
+        news: Sequence[News],
+        bookmarks: dict[str, str] | None = None,
+        expected: dict[str, str | None] | None = None,
+    ) -> list[News]:
         """Keep ``news``, open and resolve its incidents, and queue what people have to be told, in one step.
 
         Passwords in its texts are blotted out. Once this returns, it survives a crash; if it does not
@@ -104,9 +123,13 @@ class Alerts(dg.ConfigurableResource[Any], ABC):
         Args:
             news: In the order in which it happened.
             bookmarks: How far the sources have been read, kept in the same step.
+            expected: Bookmarks from which they were read (None: there was none), compared in the same step.
 
         Returns:
             Those that open, worsen or resolve an incident, and new notices: what people will hear of.
+
+        Raises:
+            Moved: a bookmark is not as expected.
         """
 
     @abstractmethod

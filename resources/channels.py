@@ -7,7 +7,6 @@ What is told here comes from shops, logs and exceptions: none of it is trusted, 
 
 from __future__ import annotations
 
-import base64
 import datetime
 import hashlib
 import re
@@ -16,13 +15,12 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Literal
-from urllib.parse import quote, urlsplit
 
 import msgspec
 from pydantic import SecretStr
 
 from resources.alerts import SEVERITIES, Severity
-from resources.redaction import without_secrets
+from resources.redaction import forms_of, without_secrets, without_these
 from resources.transport import Answer, Deadline, TransportError, Way, post, within
 
 SENDER = "Offer Assets"
@@ -31,8 +29,6 @@ COMMAND = "python -m offer_assets alerts"
 TITLE_LENGTH = 300
 _MAX_LINK = 500
 _REASON_LENGTH = 300
-_LEAST_SECRET_PART = 6
-"""Shorter parts of a secret address are words like ``v2``: blotting those out would blot out the error."""
 
 TEXT_LENGTHS = (10_000, 3_000, 1_000, 300, 100, 0)
 """Characters of a line's text; the first that keeps within the size is taken."""
@@ -59,6 +55,8 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     text: str = ""
     link: str = ""
     """Absolute address of the page that shows more; empty if there is none."""
+    run_link: str = ""
+    """Absolute address of the run in which it was found; empty if there is none."""
     opened_at: str
     """ISO time (UTC)."""
     at: str
@@ -131,9 +129,7 @@ class Channel(ABC):
         """Hand ``message`` over before ``deadline``, or raise whatever is in the way."""
 
     def _without_secrets(self, text: str) -> str:
-        for secret in self._secrets:
-            for form in _forms(secret.get_secret_value()):
-                text = text.replace(form, "***")
+        text = without_these(text, forms_of(secret.get_secret_value() for secret in self._secrets))
         return shortened(one_line(without_secrets(text)), _REASON_LENGTH)
 
 
@@ -156,17 +152,6 @@ def refusal(answer: Answer, reason: str = "") -> TransportError:
     if 300 <= answer.status < 400:
         line += "; redirects are not followed: set the address that it leads to"
     return TransportError(line, permanent=answer.is_permanent, retry_after=answer.retry_after)
-
-
-def _forms(secret: str) -> list[str]:
-    """``secret`` and what may give it away, the longest first: its parts if it is an address, encodings."""
-    parts = urlsplit(secret) if "://" in secret else None
-    pieces = [secret, *(re.split(r"[/?&=;]", f"{parts.path}?{parts.query}") if parts else [])]
-    pieces += [piece for piece in (parts.username, parts.password) if piece] if parts else []
-    forms = {piece for piece in pieces if len(piece) >= _LEAST_SECRET_PART} | {secret}
-    for piece in list(forms):
-        forms |= {quote(piece), quote(piece, safe=""), base64.b64encode(piece.encode()).decode().rstrip("=")}
-    return sorted(forms, key=len, reverse=True)
 
 
 class Taken:
@@ -269,6 +254,12 @@ def shortened(text: str, length: int) -> str:
 def is_link(address: str) -> bool:
     """Whether ``address`` may stand as a link in a message: http(s), and nothing that ends a link early."""
     return len(address) <= _MAX_LINK and _LINK.fullmatch(address) is not None and address.isascii()
+
+
+def links(line: Line) -> dict[str, str]:
+    """Addresses that may stand in a message, by what is there: the page that shows more, and the run."""
+    found = {"in the UI": line.link, "run": "" if line.run_link == line.link else line.run_link}
+    return {name: address for name, address in found.items() if is_link(address)}
 
 
 def token(identity: str) -> str:

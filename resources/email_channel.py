@@ -22,7 +22,7 @@ from resources.channels import (
     Message,
     clean,
     headline,
-    is_link,
+    links,
     one_line,
     shortened,
     state,
@@ -114,8 +114,7 @@ def _plain_mail(message: Message, text_length: int) -> str:
     for line in worst_first(message.lines):
         part = [f"{state(line)}: {shortened(one_line(line.title), TITLE_LENGTH)}"]
         part += [f"    {each}" for each in shortened(clean(line.text), text_length).splitlines()]
-        if is_link(line.link):
-            part.append(f"    {line.link}")
+        part += [f"    {address}" for address in links(line).values()]
         parts.append("\n".join(part))
     parts.append(f"All incidents: {COMMAND}" + (f"\nUI: {message.ui_url}" if message.ui_url else ""))
     return "\n\n".join(parts) + "\n"
@@ -125,8 +124,11 @@ def _html_mail(message: Message, text_length: int) -> str:
     parts = [f"<p><b>{html.escape(headline(message.lines))}</b></p>"]
     for line in worst_first(message.lines):
         title = html.escape(shortened(one_line(line.title), TITLE_LENGTH))
-        if is_link(line.link):
+        found = links(line)
+        if "in the UI" in found:
             title = f'<a href="{html.escape(line.link)}">{title or "link"}</a>'
+        if "run" in found:
+            title += f' (<a href="{html.escape(line.run_link)}">run</a>)'
         text = html.escape(shortened(clean(line.text), text_length)).replace("\n", "<br>\n")
         parts.append(f"<p><b>{html.escape(state(line))}</b>: {title}<br>\n{text}</p>")
     parts.append(f"<p>All incidents: <code>{COMMAND}</code></p>")

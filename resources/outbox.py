@@ -24,11 +24,12 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import msgspec
 import sqlalchemy as sa
 
-from resources.alerts import SEVERITIES, ChannelState, Incident, News, Severity
+from resources.alerts import SEVERITIES, ChannelState, Incident, Moved, News, Severity
 from resources.channels import Line, LineKind, Message
 from resources.outbox_database import (
     OutboxDatabase,
@@ -53,6 +54,14 @@ LEASE_SECONDS = 120.0
 """So long a message belongs to its sender: longer than any channel may take."""
 
 _SOONEST_RETRY, _LATEST_RETRY = 30.0, 1800.0
+_SET_ASIDE_AFTER = 12
+"""So often, in some 6 hours, a message is refused before what comes after it waits no longer."""
+_SET_ASIDE_SECONDS = 86400.0
+"""What was set aside is tried so rarely: it is most likely the message, which nobody can mend."""
+_FLAPPING_AFTER, _FLAPPING_WITHIN_SECONDS = 3, 3600.0
+"""What opens again so often within so long is told as one incident from then on."""
+_QUIET_SECONDS = 1800.0
+"""Such an incident ends when nothing was found for so long."""
 _LINES_PER_MESSAGE = 1000
 """What is queued beyond that, after days without a channel, goes into the next message."""
 _KEPT_SECONDS = 30 * 86400.0
@@ -74,13 +83,21 @@ _WHAT_CHANGES = (
     "severity",
     "text",
     "link",
+    "run",
     "last_at",
     "resolved_at",
     "times",
     "told_at",
     "reminders",
+    "quiet_since",
 )
 """Of an incident; the rest is as it was when it opened."""
+_FLAPPING = (
+    f"It opened {_FLAPPING_AFTER + 1} times within an hour (flapping), and stays open until nothing was "
+    f"found for {_QUIET_SECONDS / 60:.0f} min."
+)
+
+_is_set_aside = batches.c.refused >= _SET_ASIDE_AFTER
 
 
 class Leased(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,15 +135,27 @@ class Outbox:
 
     # What happens
 
-    def tell(self, news: Sequence[News], bookmarks: Mapping[str, str] | None, routes: Routes) -> list[News]:
+    def tell(
+        self,
+        news: Sequence[News],
+        bookmarks: Mapping[str, str] | None,
+        routes: Routes,
+        expected: Mapping[str, str | None] | None = None,
+    ) -> list[News]:
         """Keep ``news`` and ``bookmarks`` and queue what the channels of ``routes`` are to be told.
 
         Returns:
             What people will hear of, without secrets; a resolved one with what its incident is known for.
+
+        Raises:
+            Moved: a bookmark is not as ``expected``; nothing was kept.
         """
         now = self._clock()
-        cleaned = [_cleaned(item, now) for item in news]
+        cleaned = [_cleaned(item, now, routes.without_secrets) for item in news]
         with self._database.writing() as connection:
+            for source, value in (expected or {}).items():
+                if _bookmark(connection, source) != value:
+                    raise Moved(f"{source} was read on by somebody else")
             told = _Telling(connection, routes, now).of(_unseen(connection, cleaned, now))
             for source, value in (bookmarks or {}).items():
                 _keep(connection, _BOOKMARK, source, value)
@@ -136,10 +165,13 @@ class Outbox:
     def remind(self, routes: Routes) -> int:
         """Queue reminders of incidents that have been open for long; returns of how many.
 
-        A channel that has not even been given the last word about an incident is not reminded of it.
+        A channel that has not even been given the last word about an incident is not reminded of it. What
+        came and went all the time and has been quiet for a while is resolved before.
         """
         now = self._clock()
+        quiet = sa.select(incidents.c.key).where(is_open, incidents.c.quiet_since <= now - _QUIET_SECONDS)
         with self._database.writing() as connection:
+            _Telling(connection, routes, now).quiet_ended(connection.execute(quiet).scalars().all())
             due = [
                 row
                 for severity, hours in routes.reminder_hours.items()
@@ -152,9 +184,7 @@ class Outbox:
     def bookmark(self, source: str) -> str | None:
         """How far ``source`` has been read."""
         with self._database.reading() as connection:
-            found = connection.execute(sa.select(bookmarks.c.value).where(bookmarks.c.source == source))
-            value: str | None = found.scalar()
-            return value
+            return _bookmark(connection, source)
 
     def incidents(self, all_of_them: bool = False) -> list[Incident]:
         """Open incidents, or all that were ever kept with the notices, the oldest first."""
@@ -170,12 +200,16 @@ class Outbox:
         with self._database.reading() as connection:
             sent = {row.channel: row.sent for row in connection.execute(sa.select(channels))}
             waiting = _messages_waiting(connection)
+            since = _waiting_since(connection)
+            aside = _set_aside(connection)
             errors = _oldest_errors(connection)
         return [
             ChannelState(
                 channel=name,
                 sent=sent.get(name, 0),
                 waiting=waiting.get(name, 0),
+                waiting_since=_iso(since[name]) if name in since else "",
+                set_aside=aside.get(name, 0),
                 last_error=errors.get(name, ""),
             )
             for name in dict.fromkeys([*names, *sorted(waiting)])
@@ -193,17 +227,20 @@ class Outbox:
 
     # What is on its way
 
-    def lease(self, channel: str, seconds_between_messages: float = 0.0) -> Leased | None:
+    def lease(
+        self, channel: str, seconds_between_messages: float = 0.0, gather_seconds: float = 0.0
+    ) -> Leased | None:
         """The next message for ``channel``, ours to send; None if nothing is due.
 
         A message that was tried before comes first. Otherwise everything that is queued becomes one,
-        unless the last message was less than ``seconds_between_messages`` ago.
+        unless the last message was less than ``seconds_between_messages`` ago, or the first of what is
+        queued came less than ``gather_seconds`` ago and nothing of it is CRITICAL.
         """
         now = self._clock()
         with self._database.writing() as connection:
             batch_id = _due_batch(connection, channel, now)
             if batch_id is None and _may_begin(connection, channel, seconds_between_messages, now):
-                batch_id = _new_batch(connection, channel, now)
+                batch_id = _new_batch(connection, channel, gather_seconds, now)
             if batch_id is None:
                 return None
             owner = uuid.uuid4().hex
@@ -240,25 +277,30 @@ class Outbox:
             leased: If somebody else has the lease by now, his attempt counts and this one does not.
             reason: One line.
             permanent: It has to be mended first: it is tried again slowly, and what comes after it need
-                not wait.
+                not wait; of two such messages it must, until they are set aside.
             retry_after: Seconds for which the channel asked to be left alone.
         """
-        delay = _LATEST_RETRY if permanent else self._delay(leased.attempt)
-        if retry_after is not None:
-            delay = max(delay, min(retry_after, _LATEST_RETRY))
-        values: dict[str, Any] = {
-            "next_attempt_at": self._clock() + delay,
-            "lease_owner": "",
-            "lease_until": 0.0,
-            "last_error": _one_line(without_secrets(reason), _LONGEST_TITLE),
-        }
-        if permanent:
-            values["refused"] = 1
+        ours = sa.and_(batches.c.id == leased.message.id, is_waiting, batches.c.lease_owner == leased.owner)
         with self._database.writing() as connection:
+            refused = connection.execute(sa.select(batches.c.refused).where(ours)).scalar()
+            if refused is None:
+                return
+            refused += permanent
+            delay = self._delay(leased.attempt)
+            if permanent:
+                delay = _LATEST_RETRY if refused < _SET_ASIDE_AFTER else _SET_ASIDE_SECONDS
+            if retry_after is not None:
+                delay = max(delay, min(retry_after, _LATEST_RETRY))
             connection.execute(
                 batches.update()
-                .where(batches.c.id == leased.message.id, is_waiting, batches.c.lease_owner == leased.owner)
-                .values(values)
+                .where(ours)
+                .values(
+                    next_attempt_at=self._clock() + delay,
+                    lease_owner="",
+                    lease_until=0.0,
+                    refused=refused,
+                    last_error=_one_line(without_secrets(reason), _LONGEST_TITLE),
+                )
             )
 
     def _delay(self, attempt: int) -> float:
@@ -278,6 +320,8 @@ class _Telling:
         self._now = now
         self._open: dict[str, dict[str, Any]] = {}
         self._numbers: dict[str, int] = {}
+        self._openings: dict[str, list[str]] = {}
+        """When incidents with this key opened, as far as flapping asks for it."""
         self._hearers: dict[int, list[str]] = {}
         self._new_incidents: list[dict[str, Any]] = []
         self._changed: dict[int, dict[str, Any]] = {}
@@ -312,16 +356,22 @@ class _Telling:
         self._write()
         return reminded
 
+    def quiet_ended(self, keys: Sequence[str]) -> None:
+        """Resolve open incidents that have been quiet."""
+        self._look_up(keys)
+        text = f"Nothing was found for {_QUIET_SECONDS / 60:.0f} min."
+        for key in keys:
+            news = News(id="", incident=key, state="resolved", text=text, at=_iso(self._now))
+            self._resolved(self._open[key], news)
+        self._write()
+
     def _look_up(self, keys: Sequence[str]) -> None:
         for some in _in_parts(keys):
             rows = self._connection.execute(sa.select(incidents).where(is_open, incidents.c.key.in_(some)))
             self._open |= {row["key"]: dict(row) for row in rows.mappings()}
-            numbers = (
-                sa.select(incidents.c.key, sa.func.max(incidents.c.number))
-                .where(incidents.c.key.in_(some))
-                .group_by(incidents.c.key)
-            )
-            self._numbers |= _pairs(self._connection, numbers)
+            for row in self._connection.execute(_newest_of(some)):
+                self._numbers[row.key] = row.number
+                self._openings.setdefault(row.key, []).append(row.opened_at)
         for ids in _in_parts([incident["id"] for incident in self._open.values()]):
             found = sa.select(hearers.c.incident_id, hearers.c.channel).where(hearers.c.incident_id.in_(ids))
             for incident_id, channel in self._connection.execute(found):
@@ -333,14 +383,31 @@ class _Telling:
             return news
         incident = self._open.get(news.incident)
         if news.state == "resolved":
-            return self._resolved(incident, news) if incident is not None else None
+            if incident is None:
+                return None
+            if incident["flapping"] and not news.by_hand:
+                self._was_quiet(incident)
+                return None
+            return self._resolved(incident, news)
         if incident is None:
-            self._open[news.incident] = self._opened(news, "opened")
+            is_flapping = self._is_flapping(news)
+            if is_flapping:
+                news = msgspec.structs.replace(news, text=f"{_FLAPPING} {news.text}".rstrip())
+            self._open[news.incident] = self._opened(news, "opened", is_flapping)
             return news
         return self._found_again(incident, news)
 
-    def _opened(self, news: News, kind: LineKind) -> dict[str, Any]:
+    def _is_flapping(self, news: News) -> bool:
+        openings = self._openings.get(news.incident, [])
+        if len(openings) < _FLAPPING_AFTER:
+            return False
+        earlier = datetime.datetime.fromisoformat(openings[-_FLAPPING_AFTER])
+        since = datetime.datetime.fromisoformat(news.at) - earlier
+        return since.total_seconds() <= _FLAPPING_WITHIN_SECONDS
+
+    def _opened(self, news: News, kind: LineKind, is_flapping: bool = False) -> dict[str, Any]:
         number = self._numbers[news.incident] = self._numbers.get(news.incident, 0) + 1
+        self._openings.setdefault(news.incident, []).append(news.at)
         incident = {
             "id": self._next_id,
             "key": news.incident,
@@ -351,6 +418,7 @@ class _Telling:
             "text": news.text,
             "asset": news.asset,
             "link": news.link,
+            "run": news.run,
             "asset_group": news.group,
             "owners": json.dumps(news.owners),
             "opened_at": news.at,
@@ -359,6 +427,8 @@ class _Telling:
             "times": 1,
             "told_at": self._now,
             "reminders": 0,
+            "flapping": int(is_flapping),
+            "quiet_since": None,
         }
         self._next_id += 1
         self._new_incidents.append(incident)
@@ -372,6 +442,8 @@ class _Telling:
             last_at=max(incident["last_at"], news.at),
             text=news.text or incident["text"],
             link=news.link or incident["link"],
+            run=news.run or incident["run"],
+            quiet_since=None,
         )
         if SEVERITIES.index(news.severity) <= SEVERITIES.index(incident["severity"]):
             return None
@@ -381,6 +453,10 @@ class _Telling:
         self._queue(incident, "worse", names, news.at, f"worse:{news.severity}")
         return msgspec.structs.replace(news, title=news.title or incident["title"])
 
+    def _was_quiet(self, incident: dict[str, Any]) -> None:
+        if incident["quiet_since"] is None:
+            self._change(incident, quiet_since=self._now)
+
     def _resolved(self, incident: dict[str, Any], news: News) -> News:
         self._change(
             incident,
@@ -389,6 +465,7 @@ class _Telling:
             last_at=max(incident["last_at"], news.at),
             text=news.text or incident["text"],
             link=news.link or incident["link"],
+            run=news.run or incident["run"],
         )
         del self._open[news.incident]
         self._queue(incident, "resolved", self._hearers.get(incident["id"], []), news.at)
@@ -415,7 +492,7 @@ class _Telling:
         at: str,
         cause: str | None = None,
     ) -> None:
-        link = incident["link"] or ""
+        ui, link, run = self._routes.ui_url.rstrip("/"), incident["link"] or "", incident["run"]
         for name in names:
             self._queued.append(
                 {
@@ -428,11 +505,13 @@ class _Telling:
                     "severity": incident["severity"],
                     "title": incident["title"],
                     "text": incident["text"],
-                    "link": self._routes.ui_url.rstrip("/") + link if link.startswith("/") else link,
+                    "link": ui + link if link.startswith("/") else link,
+                    "run_link": f"{ui}/runs/{quote(run, safe='')}" if run else "",
                     "opened_at": incident["opened_at"],
                     "at": at,
                     "times": incident["times"],
                     "page_key": "",
+                    "queued_at": self._now,
                 }
             )
             self._next_place += 1
@@ -466,26 +545,38 @@ class _Telling:
             )
 
 
-def _cleaned(news: News, now: float) -> News:
+def _newest_of(keys: Sequence[str]) -> sa.Select[Any]:
+    """The newest incidents of each key, open or not, as many as flapping asks for."""
+    same = incidents.alias()
+    newest = sa.select(sa.func.max(same.c.number)).where(same.c.key == incidents.c.key).scalar_subquery()
+    return (
+        sa.select(incidents.c.key, incidents.c.number, incidents.c.opened_at)
+        .where(incidents.c.key.in_(keys), incidents.c.number > newest - _FLAPPING_AFTER)
+        .order_by(incidents.c.key, incidents.c.number)
+    )
+
+
+def _cleaned(news: News, now: float, blotted: Callable[[str], str]) -> News:
     """``news`` as it is kept: no secrets, no characters that a database refuses, texts of bearable length."""
     if not news.id or not news.incident:
         raise ValueError(f"news needs an id and an incident: {news.id!r}, {news.incident!r}")
     return msgspec.structs.replace(
         news,
-        incident=_key(news.incident),
-        title=_one_line(without_secrets(_storable(news.title)), _LONGEST_TITLE),
-        text=_shortened(without_secrets(_storable(news.text)), _LONGEST_TEXT),
+        incident=_key(news.incident, blotted),
+        title=_one_line(blotted(_storable(news.title)), _LONGEST_TITLE),
+        text=_shortened(blotted(_storable(news.text)), _LONGEST_TEXT),
         asset=_storable(news.asset) if news.asset is not None else None,
-        link=without_secrets(_storable(news.link)) if news.link is not None else None,
+        link=blotted(_storable(news.link)) if news.link is not None else None,
+        run=_storable(news.run) if news.run is not None else None,
         group=_storable(news.group) if news.group is not None else None,
         owners=tuple(_storable(owner) for owner in news.owners),
         at=_time_of(news.at, now),
     )
 
 
-def _key(text: str) -> str:
+def _key(text: str, blotted: Callable[[str], str]) -> str:
     """``text`` as the key of an incident; one that is too long ends in its digest, and stays apart."""
-    key = without_secrets(_storable(text))
+    key = blotted(_storable(text))
     if len(key) <= _LONGEST_KEY:
         return key
     return f"{key[: _LONGEST_KEY - 17]}~{_digest(text)[:16]}"
@@ -550,6 +641,12 @@ def _unseen(connection: sa.Connection, news: Sequence[News], now: float) -> list
     for some in _in_parts([digest for digest, at in known.items() if at < now - _SEEN_AGAIN_SECONDS]):
         connection.execute(seen.update().where(seen.c.digest.in_(some)).values(at=now))
     return [item for digest, item in by_digest.items() if digest not in known]
+
+
+def _bookmark(connection: sa.Connection, source: str) -> str | None:
+    found = connection.execute(sa.select(bookmarks.c.value).where(bookmarks.c.source == source))
+    value: str | None = found.scalar()
+    return value
 
 
 _BOOKMARK = (bookmarks, bookmarks.c.source, bookmarks.c.value)
@@ -633,13 +730,12 @@ def _may_begin(connection: sa.Connection, channel: str, pause: float, now: float
     """Whether it is time for another message.
 
     One after the other, so that they arrive in order. One that was refused is passed by: it may be the
-    message. When the next one is refused too, it is the channel, and what is queued stays together.
+    message. When the next one is refused too, it is the channel, and what is queued stays together, until
+    one of them is set aside: it may have been the messages after all.
     """
-    waiting = connection.execute(
-        sa.select(batches.c.refused).where(batches.c.channel == channel, is_waiting)
-    ).scalars()
-    refused = list(waiting)
-    if refused not in ([], [1]):
+    waiting = sa.select(batches.c.refused).where(batches.c.channel == channel, is_waiting, ~_is_set_aside)
+    refused = connection.execute(waiting).scalars().all()
+    if len(refused) > 1 or 0 in refused:
         return False
     last = connection.execute(
         sa.select(channels.c.last_sent_at).where(channels.c.channel == channel)
@@ -648,15 +744,15 @@ def _may_begin(connection: sa.Connection, channel: str, pause: float, now: float
     return last is None or not 0 <= now - last < pause
 
 
-def _new_batch(connection: sa.Connection, channel: str, now: float) -> str | None:
-    """Everything that is queued for ``channel`` as one message; None if there is nothing."""
+def _new_batch(connection: sa.Connection, channel: str, gather_seconds: float, now: float) -> str | None:
+    """Everything that is queued for ``channel`` as one message; None if there is nothing, or too soon."""
     in_refused = (
         sa.select(notifications.c.incident_id)
         .join(batches, batches.c.id == notifications.c.batch_id)
         .where(batches.c.channel == channel, is_waiting)
     )
     rows = connection.execute(
-        sa.select(notifications.c.place, notifications.c.incident_id, notifications.c.kind, incidents.c.key)
+        sa.select(notifications, incidents.c.key)
         .join(incidents, incidents.c.id == notifications.c.incident_id)
         # Nobody hears of the end of what he was not told the beginning of.
         .where(
@@ -667,7 +763,10 @@ def _new_batch(connection: sa.Connection, channel: str, now: float) -> str | Non
         .order_by(notifications.c.place)
         .limit(_LINES_PER_MESSAGE)
     ).all()
-    if not rows:
+    # A first one in the future was queued before the clock was put back.
+    if not rows or (
+        0 <= now - rows[0].queued_at < gather_seconds and all(row.severity != "CRITICAL" for row in rows)
+    ):
         return None
     batch_id = uuid.uuid4().hex
     pages = _pages(connection, channel, batch_id, rows)
@@ -759,7 +858,32 @@ def _messages_waiting(connection: sa.Connection) -> dict[str, int]:
     return waiting
 
 
+def _waiting_since(connection: sa.Connection) -> dict[str, float]:
+    """By channel, since when the oldest waits of what is neither set aside nor held back by it."""
+    begun = sa.select(batches.c.channel, sa.func.min(batches.c.created_at)).where(is_waiting, ~_is_set_aside)
+    since: dict[str, float] = _pairs(connection, begun.group_by(batches.c.channel))
+    lines = notifications.alias()
+    held_back = sa.exists().where(
+        is_waiting,
+        _is_set_aside,
+        batches.c.channel == notifications.c.channel,
+        lines.c.batch_id == batches.c.id,
+        lines.c.incident_id == notifications.c.incident_id,
+    )
+    queued = sa.select(notifications.c.channel, sa.func.min(notifications.c.queued_at))
+    queued = queued.where(is_queued, ~held_back).group_by(notifications.c.channel)
+    for channel, at in connection.execute(queued):
+        since[channel] = min(at, since.get(channel, at))
+    return since
+
+
+def _set_aside(connection: sa.Connection) -> dict[str, int]:
+    """Messages by channel that nothing waits for any more."""
+    found = sa.select(batches.c.channel, sa.func.count()).where(is_waiting, _is_set_aside)
+    return _pairs(connection, found.group_by(batches.c.channel))
+
+
 def _oldest_errors(connection: sa.Connection) -> dict[str, str]:
-    """By channel, why it did not take the oldest of its messages."""
+    """By channel, why it did not take the oldest of its messages, and rather one that is not set aside."""
     errors = sa.select(batches.c.channel, batches.c.last_error).where(is_waiting)
-    return _pairs(connection, errors.order_by(batches.c.created_at.desc()))
+    return _pairs(connection, errors.order_by(_is_set_aside.desc(), batches.c.created_at.desc()))

@@ -19,7 +19,7 @@ from ml.errors import InputError
 from resources.atomic_files import only_one
 from resources.redaction import without_secrets
 
-_SCHEMA_VERSION = "1"
+_SCHEMA_VERSION = "2"
 _LOCKED_FOR_SECONDS = 30
 """So long another writer is waited for; he needs milliseconds."""
 _WRITER_LOCK = 0x6F7574626F78
@@ -41,6 +41,7 @@ incidents = sa.Table(
     sa.Column("text", sa.Text, nullable=False),
     sa.Column("asset", sa.Text),
     sa.Column("link", sa.Text),
+    sa.Column("run", sa.Text),
     sa.Column("asset_group", sa.Text),
     sa.Column("owners", sa.Text, nullable=False),
     sa.Column("opened_at", sa.Text, nullable=False),
@@ -50,6 +51,9 @@ incidents = sa.Table(
     # When people were last told of it, and how often they were reminded.
     sa.Column("told_at", sa.Float, nullable=False),
     sa.Column("reminders", sa.Integer, nullable=False),
+    # Of one that came and went all the time: it ends when it has been quiet, and since when it is.
+    sa.Column("flapping", sa.Integer, nullable=False),
+    sa.Column("quiet_since", sa.Float),
     sa.UniqueConstraint("key", "number"),
 )
 is_open = incidents.c.state == sa.literal_column("'open'")
@@ -80,10 +84,12 @@ notifications = sa.Table(
     sa.Column("title", sa.Text, nullable=False),
     sa.Column("text", sa.Text, nullable=False),
     sa.Column("link", sa.Text, nullable=False),
+    sa.Column("run_link", sa.Text, nullable=False),
     sa.Column("opened_at", sa.Text, nullable=False),
     sa.Column("at", sa.Text, nullable=False),
     sa.Column("times", sa.Integer, nullable=False),
     sa.Column("page_key", sa.Text, nullable=False),
+    sa.Column("queued_at", sa.Float, nullable=False),
 )
 is_queued = notifications.c.batch_id.is_(None)
 sa.Index(
@@ -107,6 +113,7 @@ batches = sa.Table(
     sa.Column("next_attempt_at", sa.Float, nullable=False),
     sa.Column("lease_owner", sa.Text, nullable=False),
     sa.Column("lease_until", sa.Float, nullable=False),
+    # How often the channel said that it will never take it.
     sa.Column("refused", sa.Integer, nullable=False),
     sa.Column("last_error", sa.Text, nullable=False),
     sa.Column("sent_at", sa.Float),

@@ -20,7 +20,7 @@ from resources.channels import (
     Line,
     Message,
     clean,
-    is_link,
+    links,
     one_line,
     refusal,
     shortened,
@@ -111,8 +111,8 @@ def _page_event(message: Message, source: str, page: str, lines: list[Line]) -> 
     event["client"] = SENDER
     if message.ui_url:
         event["client_url"] = message.ui_url
-    if len(failing) == 1 and is_link(failing[0].link):
-        event["links"] = [{"href": failing[0].link, "text": "in the UI"}]
+    if len(failing) == 1 and (found := links(failing[0])):
+        event["links"] = [{"href": address, "text": name} for name, address in found.items()]
     return event
 
 
@@ -133,7 +133,7 @@ def _page_details(lines: list[Line]) -> dict[str, Any]:
 def _page_line(line: Line, text_length: int) -> str:
     said = f"{state(line)}: {shortened(one_line(line.title), TITLE_LENGTH)}"
     text = shortened(one_line(line.text), text_length)
-    return " | ".join(each for each in (said, text, line.link if is_link(line.link) else "") if each)
+    return " | ".join(each for each in (said, text, *links(line).values()) if each)
 
 
 def _dedup_key(page: str) -> str:

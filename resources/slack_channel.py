@@ -20,6 +20,7 @@ from resources.channels import (
     headline,
     is_link,
     kind_of,
+    links,
     one_line,
     refusal,
     state,
@@ -34,7 +35,7 @@ _SLACK_SECTION = 3_000
 """Characters of one block: https://docs.slack.dev/reference/block-kit/blocks/section-block."""
 _SLACK_TITLE = 200
 _SLACK_DETAILS = ((600, True), (150, True), (0, True), (0, False))
-"""Characters of a line's text, and whether its title links; the first that lets all lines in is taken."""
+"""Characters of a line's text, and whether it has links; the first that lets all lines in is taken."""
 _SLACK_SHORT_TITLES = (120, 80, 60, 40)
 _SLACK_SIGNS = {
     "CRITICAL": ":rotating_light:",
@@ -103,9 +104,12 @@ def _slack_lines(message: Message, limit: int) -> tuple[list[str], str]:
 
 def _slack_line(line: Line, title_length: int, text_length: int, linked: bool) -> str:
     title = _slack_text(one_line(line.title), title_length)
-    if linked:
+    found = links(line) if linked else {}
+    if "in the UI" in found:
         title = _slack_link(line.link, title)
     said = f"{_SLACK_SIGNS[kind_of(line)]} *{state(line)}* {title}"
+    if "run" in found:
+        said += f" ({_slack_link(line.run_link, 'run')})"
     text = _slack_text(one_line(line.text), text_length)
     return f"{said}\n>{text}" if text_length and text else said
 

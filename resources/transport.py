@@ -34,8 +34,6 @@ _SECONDS_TO_LET_GO = 0.5
 """Within which an attempt ends whose sockets were shut; only a name server may hold it for longer."""
 _MAX_BODY = 65_536
 """Bytes of an answer that are read: enough for any reason that it may give."""
-_LONGEST_WAIT = 3600.0
-"""Seconds; a server that asks for more by ``Retry-After`` is asked again all the same."""
 _TEMPORARY = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS)
 _FOR_ANOTHER_HOST = (62, 63, 64)
 """X509_V_ERR_{HOSTNAME,EMAIL,IP_ADDRESS}_MISMATCH: OpenSSL's words for these hold the host."""
@@ -277,14 +275,14 @@ def _seconds_of(retry_after: str | None) -> float | None:
     if retry_after is None:
         return None
     if retry_after.isascii() and retry_after.isdigit():
-        return min(float(retry_after), _LONGEST_WAIT)
+        return float(retry_after)
     try:
         then = email.utils.parsedate_to_datetime(retry_after)
     except ValueError:
         return None
     if then.tzinfo is None:
         then = then.replace(tzinfo=datetime.UTC)
-    return min(max(0.0, (then - datetime.datetime.now(datetime.UTC)).total_seconds()), _LONGEST_WAIT)
+    return max(0.0, (then - datetime.datetime.now(datetime.UTC)).total_seconds())
 
 
 class MailServer(NamedTuple):

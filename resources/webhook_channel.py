@@ -46,7 +46,7 @@ class WebhookChannel(HttpChannel):
                     "incident": "check:drift_report:volume_is_usual", "number": 1,
                     "severity": "ERROR",         # or WARN, CRITICAL
                     "title": "…", "text": "…",   # texts end in … where the body would grow too large
-                    "link": "http://…",          # or empty
+                    "link": "http://…", "run_link": "http://…",   # or empty
                     "opened_at": "…", "at": "…", "times": 1, "page_key": "…"}]}
 
     Headers: ``Idempotency-Key`` is the id; who keeps the ids that it has seen gets every message once.
@@ -106,6 +106,7 @@ def _webhook_line(line: Line, text_length: int) -> dict[str, Any]:
         "title": shortened(one_line(line.title), TITLE_LENGTH),
         "text": shortened(clean(line.text), text_length),
         "link": line.link if is_link(line.link) else "",
+        "run_link": line.run_link if is_link(line.run_link) else "",
     }
 
 

@@ -1,13 +1,20 @@
 """What lasting drift needs now, decided from what is seen and nothing else.
 
 No Dagster and no files here: the sensor ``lasting_drift`` gathers the situation and does what is decided.
-Which trainings there were is read from the tags of their runs and not remembered, so that a restart
-changes nothing. A training and its repetitions after failures are one *round*.
+Nothing is remembered: the trainings that there were are read from the tags of their runs, so that a
+restart changes nothing. The rules:
+
+1. A check *lasts* if it is ERROR on the newest days in a row, of the model that serves.
+2. A training for checks that last, with its repetition if it fails, is a *round*. One begins per cool-down.
+3. A check has one round. It gets another only after a day on which it is not ERROR, or once a model serves
+   that no round trained. Until then, if it lasts all the same, it is *uncured*: people are told.
+4. While a run trains, or the newest day of the feed has no report yet, nothing is done.
 """
 
 from __future__ import annotations
 
 import datetime
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -27,8 +34,12 @@ DAY_TAG = "offer_assets/drift_day"
 ROUND_TAG = "offer_assets/drift_round"
 ATTEMPT_TAG = "offer_assets/drift_attempt"
 
-Outcome = Literal["open", "succeeded", "failed", "canceled", "refused"]
-"""``refused``: the training came to its end, but gate or people let its model not serve."""
+Outcome = Literal["open", "succeeded", "waits", "refused", "canceled", "failed"]
+"""``waits``: the model that was trained waits for the decision of a person; ``refused``: gate or people let
+it not serve, so that another run would do no better."""
+
+_STRONGEST_FIRST: tuple[Outcome, ...] = ("open", "succeeded", "waits", "refused", "canceled", "failed")
+"""Several runs are of one round where Dagster, a person or this sensor ran it again: what it came to."""
 
 
 class Training(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,20 +47,26 @@ class Training(msgspec.Struct, frozen=True, kw_only=True):
 
     run_id: str
     model: str
+    """That served when it was asked for."""
     checks: tuple[str, ...]
     newest_day: str
     round: int
     attempt: int
     started: datetime.datetime
     outcome: Outcome
+    trained: str | None = None
+    """Version of the model that it registered."""
+    standing: str = ""
+    """Of ``waits`` and ``refused``: what became of that model and what to do, without a full stop."""
 
 
 class Window(msgspec.Struct, frozen=True, kw_only=True):
     """What a check says that looks at several days at once."""
 
-    first_day: str
     last_day: str
     level: Level
+    good_at: datetime.datetime | None = None
+    """When it last was looked at and was not ERROR."""
 
 
 class Situation(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,7 +81,7 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     model: str | None
     """Version of the model that serves."""
     days: Mapping[str, Mapping[str, Level]]
-    """Levels by check, by day (ISO date) that the model catalogued."""
+    """Levels by check, by day (ISO date) that the model catalogued; of a day that is not over, none."""
     windows: Mapping[str, Window] = {}
     """Of checks that look at several days at once, if the model catalogued all of them."""
     trainings: Sequence[Training]
@@ -78,6 +95,21 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     def newest_day(self) -> str:
         """The newest day that was looked at; empty if none was."""
         return max([*self.days, *(window.last_day for window in self.windows.values())], default="")
+
+    def told(self, check: str) -> list[tuple[str, Level]]:
+        """Days on which the check could tell, newest first: others neither make nor break a row."""
+        return [
+            (day, level)
+            for day, levels in sorted(self.days.items(), reverse=True)
+            if (level := levels.get(check, "UNKNOWN")) != "UNKNOWN"
+        ]
+
+    def lasts(self, check: str) -> bool:
+        """Whether the check is ERROR on the newest days in a row."""
+        if check in self.windows:
+            return self.windows[check].level == "ERROR"
+        newest = self.told(check)[: self.after_days]
+        return len(newest) == self.after_days and all(level == "ERROR" for _, level in newest)
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -108,68 +140,113 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         }
 
 
+class Round(msgspec.Struct, frozen=True):
+    """A training and its repetitions, oldest first."""
+
+    runs: tuple[Training, ...]
+
+    @property
+    def first(self) -> Training:
+        """The run with which it began: its day, model and start are those of the round."""
+        return self.runs[0]
+
+    @property
+    def checks(self) -> set[str]:
+        """For which it was."""
+        return {check for run in self.runs for check in run.checks}
+
+    @property
+    def attempts(self) -> int:
+        """Runs that this sensor asked for: whoever else ran one again did so as the same attempt."""
+        return max(run.attempt for run in self.runs)
+
+    @property
+    def trained(self) -> set[str]:
+        """Versions of the models that it registered."""
+        return {run.trained for run in self.runs if run.trained is not None}
+
+    @property
+    def outcome(self) -> Outcome:
+        """What it came to."""
+        return min((run.outcome for run in self.runs), key=_STRONGEST_FIRST.index)
+
+    @property
+    def may_be_repeated(self) -> bool:
+        """Whether it failed and has a run left."""
+        return self.outcome == "failed" and self.attempts < ATTEMPTS
+
+    @property
+    def standing(self) -> str:
+        """What became of the model that it trained, if that does not serve."""
+        return next(run.standing for run in self.runs if run.outcome == self.outcome)
+
+
+class Uncured(msgspec.Struct, frozen=True, kw_only=True):
+    """Checks that last in spite of their round."""
+
+    checks: tuple[str, ...]
+    round: Round
+    reason: str
+    """One sentence without its full stop."""
+
+
 class Decision(msgspec.Struct, frozen=True, kw_only=True):
     """What to do now."""
 
     action: Literal["nothing", "wait", "start", "escalate"]
-    """``escalate``: people have to know that a training did not cure the drift."""
+    """``escalate``: people have to know what is uncured."""
     reason: str
     """One sentence without its full stop."""
     request: Request | None = None
     """Of ``start``."""
-    checks: tuple[str, ...] = ()
-    """Of ``escalate``: those that are told."""
-    round: Training | None = None
-    """Of ``escalate``: the last run of the round that did not help."""
+    uncured: tuple[Uncured, ...] = ()
+    """Of ``escalate``."""
 
 
 def decide(situation: Situation) -> Decision:
-    """The next step. It never leads to two open runs, nor to two rounds within a cool-down."""
+    """The next step, by the rules above."""
     if not situation.checks:
         return Decision(action="nothing", reason="off: OFFER_ASSETS_RETRAIN_ON_DRIFT is not set")
     if situation.model is None:
         return Decision(action="nothing", reason="no model serves yet")
     rounds = _rounds(situation.trainings)
-    last, before = (rounds[-1] if rounds else []), (rounds[-2] if len(rounds) > 1 else [])
-    # What began a round that came to nothing still counts; otherwise only what was seen since.
-    counts_from = before if _outcome(last) == "failed" else last
-    lasting = lasting_checks(situation, after=counts_from[0].newest_day if counts_from else "")
-    if waiting := _waits_for(situation, last, lasting):
+    lasting = tuple(filter(situation.lasts, situation.checks))
+    if waiting := _waits_for(situation, rounds, lasting):
         return Decision(action="wait", reason=waiting)
     if not lasting:
-        return Decision(action="nothing", reason=_nothing_lasts(situation, last))
-    if last and situation.now < _cool_again(situation, last):
-        return _within_cool_down(situation, last, lasting)
-    return _start(situation, lasting, round_number=last[0].round + 1 if last else 1, attempt=1)
+        return Decision(action="nothing", reason=_nothing_lasts(situation))
+    return _decide_on(lasting, situation, rounds)
 
 
-def lasting_checks(situation: Situation, after: str = "") -> tuple[str, ...]:
-    """Checks that were ERROR on the newest days in a row, all of them later than ``after``.
-
-    Days on which a check could not tell are passed over: they neither make nor break a row.
-    """
-    return tuple(check for check in situation.checks if _lasts(situation, check, after))
-
-
-def _lasts(situation: Situation, check: str, after: str) -> bool:
-    if check in situation.windows:
-        window = situation.windows[check]
-        return window.level == "ERROR" and window.first_day > after
-    told = [
-        (day, levels[check])
-        for day, levels in sorted(situation.days.items(), reverse=True)
-        if levels.get(check, "UNKNOWN") != "UNKNOWN"
-    ]
-    newest = told[: situation.after_days]
-    return len(newest) == situation.after_days and all(
-        day > after and level == "ERROR" for day, level in newest
+def _decide_on(lasting: tuple[str, ...], situation: Situation, rounds: list[Round]) -> Decision:
+    """The next step where nothing is under way."""
+    had = {check: each for check in lasting if (each := _round_of(check, situation, rounds)) is not None}
+    last = rounds[-1] if rounds else None
+    if last is not None and last in had.values() and last.may_be_repeated:
+        again = tuple(check for check in lasting if had.get(check) == last)
+        return _start(situation, again, number=last.first.round, attempt=last.attempts + 1)
+    free = tuple(check for check in lasting if check not in had)
+    cool_again = last.first.started + datetime.timedelta(days=situation.cooldown_days) if last else None
+    if free and (cool_again is None or situation.now >= cool_again):
+        return _start(situation, free, number=last.first.round + 1 if last else 1, attempt=1)
+    if had:
+        return _escalation(situation, had)
+    return Decision(
+        action="wait",
+        reason=f"{_listed(free)} lasts; the next training for drift may start from "
+        f"{cool_again:%Y-%m-%d %H:%M} UTC on",
     )
 
 
-def _waits_for(situation: Situation, last: list[Training], lasting: tuple[str, ...]) -> str:
+def _rounds(trainings: Sequence[Training]) -> list[Round]:
+    in_order = sorted(trainings, key=lambda run: (run.round, run.started))
+    return [Round(tuple(runs)) for _, runs in itertools.groupby(in_order, key=lambda run: run.round)]
+
+
+def _waits_for(situation: Situation, rounds: list[Round], lasting: tuple[str, ...]) -> str:
     """What has to happen before anything else may; empty if nothing."""
-    if _outcome(last) == "open":
-        return f"run {last[-1].run_id[:8]}, which drift started, is not finished"
+    if run := next((run for each in rounds for run in each.runs if run.outcome == "open"), None):
+        return f"run {run.run_id[:8]}, which drift started, is not finished"
     if lasting and situation.open_run:
         return f"waiting for the end of {situation.open_run}"
     if lasting and situation.newest_day_of_feed > situation.newest_day:
@@ -178,81 +255,94 @@ def _waits_for(situation: Situation, last: list[Training], lasting: tuple[str, .
     return ""
 
 
-def _within_cool_down(situation: Situation, last: list[Training], lasting: tuple[str, ...]) -> Decision:
-    """Nothing new is begun: a failed run is repeated, and people are told of what was not cured."""
-    outcome, attempt = _outcome(last), max(training.attempt for training in last)
-    again = _cool_again(situation, last)
-    if outcome == "canceled":
-        return Decision(
-            action="nothing",
-            reason=f"{_listed(lasting)} lasts, but a person canceled run {last[-1].run_id[:8]}, which drift "
-            f"had started: the next may start from {again:%Y-%m-%d %H:%M} UTC on",
-        )
-    if outcome == "failed" and attempt < ATTEMPTS and last[0].model == situation.model:
-        return _start(situation, lasting, round_number=last[0].round, attempt=attempt + 1)
-    return Decision(
-        action="escalate",
-        reason=f"{_listed(lasting)} lasts {_in_spite_of(outcome, last, situation)}; the next training for "
-        f"drift may start from {again:%Y-%m-%d %H:%M} UTC on",
-        checks=lasting,
-        round=last[-1],
-    )
+def _round_of(check: str, situation: Situation, rounds: Sequence[Round]) -> Round | None:
+    """The round that the check had and that still counts; None: it may have one."""
+    place = max((place for place, each in enumerate(rounds) if check in each.checks), default=None)
+    if place is None or _was_good_since(rounds[place], check, situation):
+        return None
+    return None if _another_served(situation, rounds[place:]) else rounds[place]
 
 
-def _start(situation: Situation, lasting: tuple[str, ...], *, round_number: int, attempt: int) -> Decision:
+def _was_good_since(last: Round, check: str, situation: Situation) -> bool:
+    """Whether the check could tell since the round began, and was not ERROR."""
+    if check in situation.windows:
+        good_at = situation.windows[check].good_at
+        return good_at is not None and good_at > last.first.started
+    return any(day > last.first.newest_day and level != "ERROR" for day, level in situation.told(check))
+
+
+def _another_served(situation: Situation, rounds: Sequence[Round]) -> bool:
+    """Whether a model serves, or served when a later round began, that none of the rounds trained."""
+    known = {rounds[0].first.model}
+    for each in rounds:
+        if each.first.model not in known:
+            return True
+        known |= each.trained
+    return situation.model not in known
+
+
+def _start(situation: Situation, checks: tuple[str, ...], *, number: int, attempt: int) -> Decision:
     assert situation.model is not None
-    days = f"{situation.after_days} days" if situation.after_days > 1 else "one day"
     return Decision(
         action="start",
-        reason=f"ERROR on the newest {days} in a row: {_listed(lasting)}"
+        reason=f"ERROR on {_newest_days(situation)}: {_listed(checks)}"
         + (f"; attempt {attempt}, because the run before failed" if attempt > 1 else ""),
         request=Request(
             feed=situation.feed,
             model=situation.model,
-            checks=lasting,
+            checks=checks,
             newest_day=situation.newest_day,
-            round=round_number,
+            round=number,
             attempt=attempt,
         ),
     )
 
 
-def _rounds(trainings: Sequence[Training]) -> list[list[Training]]:
-    """Trainings by round, oldest first in and among them."""
-    by_round: dict[int, list[Training]] = {}
-    for training in sorted(trainings, key=lambda training: (training.round, training.started)):
-        by_round.setdefault(training.round, []).append(training)
-    return list(by_round.values())
+def _escalation(situation: Situation, had: Mapping[str, Round]) -> Decision:
+    """What is uncured; a person who canceled a training knows."""
+    uncured = [
+        Uncured(
+            checks=(checks := tuple(check for check in had if had[check] == each)),
+            round=each,
+            reason=f"{_listed(checks)} lasts {_in_spite_of(situation, each)}",
+        )
+        for each in dict.fromkeys(had.values())
+    ]
+    told = tuple(each for each in uncured if each.round.outcome != "canceled")
+    return Decision(
+        action="escalate" if told else "nothing",
+        reason="; ".join(each.reason for each in uncured),
+        uncured=told,
+    )
 
 
-def _outcome(trainings: list[Training]) -> Outcome | None:
-    """How a round ended. Several runs are of one attempt where Dagster or a person ran it again."""
-    if not trainings:
-        return None
-    outcomes = {training.outcome for training in trainings}
-    order: tuple[Outcome, ...] = ("open", "succeeded", "refused", "canceled", "failed")
-    return next(outcome for outcome in order if outcome in outcomes)
-
-
-def _cool_again(situation: Situation, trainings: list[Training]) -> datetime.datetime:
-    return trainings[0].started + datetime.timedelta(days=situation.cooldown_days)
-
-
-def _in_spite_of(outcome: Outcome | None, last: list[Training], situation: Situation) -> str:
-    started = f"{last[0].started:%Y-%m-%d}"
-    if outcome == "failed":
-        return f"and the training for it failed (begun on {started}, runs: {len(last)})"
-    if outcome == "refused":
-        return f"though a model was trained for it on {started}: it was refused and is not served"
-    if last[0].model == situation.model:
+def _in_spite_of(situation: Situation, last: Round) -> str:
+    started = f"{last.first.started:%Y-%m-%d}"
+    if last.outcome == "canceled":
+        run = next(run for run in last.runs if run.outcome == "canceled")
+        return f"and a person canceled run {run.run_id[:8]}, which drift had started: it is theirs to go on"
+    if last.outcome == "failed":
+        return f"and the training for it failed (begun on {started}, runs: {len(last.runs)})"
+    if last.outcome in ("waits", "refused"):
+        return f"while the model that was trained for it on {started} is not served: {last.standing}"
+    if situation.model in last.trained - {last.first.model}:
+        return f"with the model that was trained for it on {started} too"
+    if situation.model == last.first.model:
         return f"though a model was trained for it on {started}: the same model as before goes on serving"
-    return f"with the model that was trained for it on {started} too"
+    return f"though a model was trained for it on {started}, and for other checks since"
 
 
-def _nothing_lasts(situation: Situation, last: list[Training]) -> str:
-    days = f"the newest {situation.after_days} days" if situation.after_days > 1 else "the newest day"
-    line = f"none of {len(situation.checks)} checks was ERROR on {days} in a row with model {situation.model}"
-    return f"{line} since the training for drift on {last[0].started:%Y-%m-%d}" if last else line
+def _nothing_lasts(situation: Situation) -> str:
+    return (
+        f"none of {len(situation.checks)} checks was ERROR on {_newest_days(situation)} with model "
+        f"{situation.model}"
+    )
+
+
+def _newest_days(situation: Situation) -> str:
+    return (
+        f"the newest {situation.after_days} days in a row" if situation.after_days > 1 else "the newest day"
+    )
 
 
 def _listed(checks: tuple[str, ...]) -> str:

@@ -2,7 +2,15 @@
 
 import dagster as dg
 
-from offer_assets.incidents import COLLECTOR, DELIVERY, collect, look_after_collector, observations
+from offer_assets.failed_ticks import Declared
+from offer_assets.incidents import (
+    COLLECTOR,
+    DELIVERY,
+    collect,
+    look_after_channels,
+    look_after_collector,
+    observations,
+)
 from resources.alerts import Alerts, Delivery, News
 from resources.artifact_store import ArtifactStore
 from resources.offer_feed import OfferFeed
@@ -18,8 +26,8 @@ _SECONDS_TO_SEND = 40.0
     minimum_interval_seconds=30,
     default_status=dg.DefaultSensorStatus.RUNNING,
     description="Finds out what goes wrong and what is over: checks that failed or raised, failed runs, "
-    "sensors and schedules, versions of the model that were refused or wait. Old days do not alert. The "
-    f"asset alerts has the history; {DELIVERY} sends.",
+    "sensors and schedules, versions of the model that were refused or wait. Checks of old days do not "
+    f"alert. The asset alerts has the history; {DELIVERY} sends.",
 )
 def incidents(
     context: dg.SensorEvaluationContext,
@@ -37,6 +45,7 @@ def incidents(
         offer_feed=offer_feed,
         artifact_store=artifact_store,
         tracking=tracking,
+        declared=_declared(context),
         seconds=_SECONDS_TO_COLLECT,
     )
     _log(context, told)
@@ -48,17 +57,26 @@ def incidents(
     minimum_interval_seconds=30,
     default_status=dg.DefaultSensorStatus.RUNNING,
     description="Sends what people have to be told to the channels that the routes name "
-    "(OFFER_ASSETS_ALERT_ROUTES), and sends it again while a channel does not take it. Also tells if the "
-    f"sensor {COLLECTOR} fails.",
+    "(OFFER_ASSETS_ALERT_ROUTES), and sends it again while a channel does not take it. Also tells if a "
+    f"channel takes nothing for an hour, and if the sensor {COLLECTOR} fails.",
 )
 def alert_delivery(context: dg.SensorEvaluationContext, alerts: Alerts) -> dg.SensorResult:
     """One round of sending; whatever is interrupted is taken up by the next."""
     told = look_after_collector(context.instance, alerts)
-    _log(context, told)
     delivery = alerts.deliver(_SECONDS_TO_SEND)
+    told += look_after_channels(alerts)
+    _log(context, told)
     for line in delivery.failed:
         context.log.warning(f"not taken, tried again later: {line}")
     return dg.SensorResult(skip_reason=_sent(delivery), asset_events=observations(told))
+
+
+def _declared(context: dg.SensorEvaluationContext) -> Declared | None:
+    repository, location = context.repository_def, context.code_location_origin
+    if repository is None or location is None:
+        return None
+    instigators = [*repository.sensor_defs, *repository.schedule_defs]
+    return Declared(location.location_name, frozenset(instigator.name for instigator in instigators))
 
 
 def _log(context: dg.SensorEvaluationContext, told: list[News]) -> None:

@@ -1,17 +1,26 @@
-"""People decided about offers, or a newer day was catalogued: measure live quality."""
+"""People decided about offers, or a newer day was catalogued: measure live quality.
 
+Every run reads the whole feed, so there is one at a time and one an hour: what comes meanwhile is measured
+together by the next.
+"""
+
+import datetime
 import hashlib
 
 import dagster as dg
 import msgspec
 from dagster._core.storage.tags import RUN_KEY_TAG
 
-from offer_assets.jobs import JOBS, MEASURE_QUALITY
+from offer_assets.jobs import FINISHED, JOBS, MEASURE_QUALITY
+from offer_assets.quality import CORRECTIONS
 from resources.artifact_store import ArtifactStore
 from resources.corrections_feed import CorrectionsFeed
 
 _ATTEMPTS = 3
 """Runs of one state, before somebody has to look why they fail."""
+
+_LEAST_DISTANCE = datetime.timedelta(hours=1)
+"""Between the starts of two runs."""
 
 _ENDED_IN_VAIN = frozenset({dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED})
 
@@ -22,6 +31,7 @@ class Cursor(msgspec.Struct, frozen=True, kw_only=True):
     state: str = ""
     """Digest of the feed's files, the newest catalogued day, its content and the taxonomy."""
     attempt: int = 0
+    asked_at: datetime.datetime | None = None
 
     @property
     def run_key(self) -> str:
@@ -35,14 +45,15 @@ class Cursor(msgspec.Struct, frozen=True, kw_only=True):
     minimum_interval_seconds=60,
     default_status=dg.DefaultSensorStatus.RUNNING,
     description="Measures live quality when the corrections feed changed, when a newer day was catalogued or "
-    f"when another taxonomy is in force, and when a run of it failed (at most {_ATTEMPTS} times).",
+    f"when another taxonomy is in force, and when a run of it failed (at most {_ATTEMPTS} times): one run at "
+    "a time, and one an hour.",
 )
 def new_corrections(
     context: dg.SensorEvaluationContext,
     corrections_feed: CorrectionsFeed,
     artifact_store: ArtifactStore,
 ) -> dg.SensorResult:
-    """One run per state and attempt; the run key makes a repeat impossible."""
+    """One run per state and attempt, none beside another; the run key makes a repeat impossible."""
     to_measure = _to_measure(corrections_feed, artifact_store)
     wanted = to_measure if isinstance(to_measure, str) else _next_run(context, to_measure)
     if isinstance(wanted, str):
@@ -69,8 +80,9 @@ def _to_measure(corrections_feed: CorrectionsFeed, artifact_store: ArtifactStore
     if change is None or not catalogued:
         return "no day is catalogued yet, so corrections say nothing"
     files = corrections_feed.files()
-    if not files:
-        return "the corrections feed has no file yet"
+    taken = artifact_store.read_pointer(CORRECTIONS)
+    if not files and (taken is None or not taken.metrics.get("files")):
+        return "the corrections feed has no file yet"  # where it had some, the run says that it lost them
     newest = max(catalogued)
     seen = sorted(f"{file.uri} {file.fingerprint}" for file in files)
     content = "\n".join([*seen, newest, catalogued[newest].digest, change.digest])
@@ -83,16 +95,32 @@ def _to_measure(corrections_feed: CorrectionsFeed, artifact_store: ArtifactStore
 
 def _next_run(context: dg.SensorEvaluationContext, state: _State) -> Cursor | str:
     """The run that this state needs now, or why it needs none."""
-    last = _decode(context.cursor)
+    last, now = _decode(context.cursor), _now()
     if last.state != state.digest:
-        return Cursor(state=state.digest, attempt=1)
-    runs = context.instance.get_runs(filters=dg.RunsFilter(tags={RUN_KEY_TAG: last.run_key}))
-    statuses = {run.status for run in runs}
-    if not statuses:
-        return last  # asked for and not launched: its key keeps it at one
-    if statuses == {dg.DagsterRunStatus.FAILURE} and last.attempt < _ATTEMPTS:
-        return Cursor(state=state.digest, attempt=last.attempt + 1)
-    return _why_none(statuses, state.in_words)
+        wanted = Cursor(state=state.digest, attempt=1, asked_at=now)
+    else:
+        runs = context.instance.get_runs(filters=dg.RunsFilter(tags={RUN_KEY_TAG: last.run_key}))
+        statuses = {run.status for run in runs}
+        if not statuses:
+            return last  # asked for and not launched: its key keeps it at one
+        if statuses != {dg.DagsterRunStatus.FAILURE} or last.attempt >= _ATTEMPTS:
+            return _why_none(statuses, state.in_words)
+        wanted = Cursor(state=state.digest, attempt=last.attempt + 1, asked_at=now)
+    return _what_it_waits_for(context.instance, last, now, state.in_words) or wanted
+
+
+def _what_it_waits_for(instance: dg.DagsterInstance, last: Cursor, now: datetime.datetime, what: str) -> str:
+    """Why another run cannot start now, in words; empty if it can."""
+    unfinished = [status for status in dg.DagsterRunStatus if status not in FINISHED]
+    open_runs = instance.get_runs(
+        filters=dg.RunsFilter(job_name=MEASURE_QUALITY, statuses=unfinished), limit=1
+    )
+    if open_runs:
+        return f"run {open_runs[0].run_id[:8]} of {MEASURE_QUALITY} is not finished: {what} wait for it"
+    if last.asked_at is not None and now - last.asked_at < _LEAST_DISTANCE:
+        until = last.asked_at + _LEAST_DISTANCE
+        return f"one run an hour: {what} are measured from {until:%H:%M} UTC on"
+    return ""
 
 
 def _why_none(statuses: set[dg.DagsterRunStatus], what: str) -> str:
@@ -103,6 +131,10 @@ def _why_none(statuses: set[dg.DagsterRunStatus], what: str) -> str:
     if dg.DagsterRunStatus.CANCELED in statuses:
         return f"the run for {what} was canceled: run {MEASURE_QUALITY} by hand"
     return f"gave up after {_ATTEMPTS} failed runs for {what}: run {MEASURE_QUALITY} by hand"
+
+
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)
 
 
 def _decode(cursor: str | None) -> Cursor:

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from scipy import sparse
 
@@ -46,16 +47,22 @@ from ml.drift.measures import (
 )
 from ml.drift.questions import (
     AGREEMENT,
+    BEYOND_A_TO_Z,
     COMPLETENESS,
     CONTENT_DISTANCE,
     LANGUAGES,
     PREDICTED_CATEGORIES,
     PRICE_OVER_USUAL,
+    PRICED,
     PRICES,
+    RARITY,
     SHOP_MIX,
+    SHOPS,
     SURENESS,
     TAXONOMY_IN_FORCE,
     TITLES_WITH_WORD,
+    UNDAMAGED,
+    UNKNOWN_UNTIL_THE_DAY_IS_OVER,
     VOLUME,
     WORDING,
 )
@@ -71,16 +78,24 @@ ROWS_FILE = "rows.parquet"
 SERIES_FILE = "series.parquet"
 OFFERS_FILE = "offers.parquet"
 
-_TEXTS = (
-    *("title", "language", "country", "shop_id", "shop_category", "brand", "currency"),
-    *("category_id", "category_path", "fast_category_id"),
-)
 _LOOKED_AT = pa.schema(
-    [
-        *(pa.field(name, pa.string()) for name in _TEXTS),
-        *(pa.field(name, pa.float64()) for name in ("price", "confidence", "fast_confidence")),
-        *(pa.field(name, pa.bool_()) for name in ("taxonomy_known", "trained")),
-    ]
+    dict[str, pa.DataType](
+        title=pa.string(),
+        language=pa.string(),
+        country=pa.string(),
+        shop_id=pa.string(),
+        shop_category=pa.string(),
+        brand=pa.string(),
+        price=pa.float64(),
+        currency=pa.string(),
+        category_id=pa.string(),
+        category_path=pa.string(),
+        confidence=pa.float64(),
+        fast_category_id=pa.string(),
+        fast_confidence=pa.float64(),
+        taxonomy_known=pa.bool_(),
+        trained=pa.bool_(),
+    )
 )
 """What a frame is fitted on."""
 
@@ -90,6 +105,7 @@ _LEAST_SHOP_SHARE, _MOST_SHOPS = 0.01, 40
 _LEAST_TOP_SHARE, _MOST_TOPS = 0.005, 60
 _LEAST_TOP_SHARE_OF_COUNTRY = 0.02
 _LEAST_LEAF_SHARE, _MOST_LEAVES = 0.005, 100
+_LEAST_OF_CATEGORY = 5
 _COMMON_WORDS = 200
 _USUAL_CHARACTER_SHARE = 0.001
 _FAR_PRICE = 20.0
@@ -103,6 +119,8 @@ _OPTIONAL_COLUMNS = tuple(
     column.name for column in FEED_COLUMNS if not column.needed and column.name != "category_id"
 )
 """Columns that may be missing; whether people labelled an offer is not a property of the feed."""
+
+_COUNTRY = "country "
 
 Mask = npt.NDArray[np.bool_]
 _Days = Mapping[str, tuple[pd.DataFrame, "DayTotals"]]
@@ -126,6 +144,8 @@ class DayTotals(msgspec.Struct, frozen=True, kw_only=True):
     """Rows per reason; a row may have several."""
     delivered: int
     """Rows of the feed: clean and quarantined ones."""
+    shops: int
+    """Shops with an offer."""
 
 
 def totals_of(offers_folder: Path, day: str, complete: bool, shops: Collection[str] = ()) -> DayTotals:
@@ -157,6 +177,9 @@ def totals_of(offers_folder: Path, day: str, complete: bool, shops: Collection[s
             "FROM read_parquet(?)) GROUP BY reason ORDER BY reason",
             [quarantine],
         ).fetchall()
+        ((number_of_shops,),) = database.execute(
+            "SELECT count(DISTINCT shop_id) FROM read_parquet(?)", [offers]
+        ).fetchall()
         ((quarantined,),) = database.execute("SELECT count(*) FROM read_parquet(?)", [quarantine]).fetchall()
     total = sum(row[1] for row in by_country)
     of_shops = {str(shop): int(offers) for shop, offers in by_shop}
@@ -174,6 +197,7 @@ def totals_of(offers_folder: Path, day: str, complete: bool, shops: Collection[s
         },
         quarantined=dict(by_reason),
         delivered=total + quarantined,
+        shops=number_of_shops,
     )
 
 
@@ -186,12 +210,15 @@ class _Fixed(msgspec.Struct, frozen=True, kw_only=True):
     countries: list[str]
     large_shops: list[str]
     languages: list[str]
+    currencies: list[str]
     shops: Names
     shop_categories: Names
     tops: list[str]
     tops_of_country: dict[str, list[str]]
     leaves: dict[str, str]
     """Path of each named category, by id."""
+    offers_of_category: dict[str, int]
+    """Offers that were looked at, of each category that has some."""
     bins: dict[str, Bins]
     common_words: list[CommonWord]
     usual_characters: str
@@ -233,15 +260,16 @@ _NUMBERS = (
 _SIGNS = (
     _Sign(WORDING, "words of titles", "that the reference does not have", "unknown"),
     _Sign(WORDING, "titles", "whose last word the reference does not have", "unknown_last"),
-    _Sign(WORDING, "titles", "cut off with dots", "cut", per_country=False),
-    _Sign(WORDING, "titles", "with letters beyond a to z", "accented"),
     _Sign(WORDING, "titles", "with unusual characters", "unusual"),
-    _Sign(WORDING, "titles", "with signs of damaged encoding", "damaged"),
-    *(_Sign(WORDING, "titles", name, name, per_country=False) for name in DAMAGES),
+    _Sign(UNDAMAGED, "titles", "with signs of damaged encoding", "damaged"),
+    *(_Sign(UNDAMAGED, "titles", name, name, per_country=False) for name in DAMAGES),
+    _Sign(UNDAMAGED, "titles", "cut off with dots", "cut", per_country=False),
+    _Sign(UNDAMAGED, "titles", BEYOND_A_TO_Z, "accented"),
     _Sign(LANGUAGES, "titles", "that fit another language better than the declared one", "another"),
     _Sign(PRICES, "prices", f"above {_FAR_PRICE:.0f} times the usual", "far_above"),
     _Sign(PRICES, "prices", f"below 1/{_FAR_PRICE:.0f} of the usual", "far_below"),
     _Sign(PRICES, "prices", "of 0", "free", per_country=False),
+    _Sign(PRICES, PRICED, "in a category and currency without a usual one", "no_usual_price"),
     _Sign(SURENESS, "offers", "to the student", "to_student"),
     _Sign(SURENESS, "offers", "to review", "to_review"),
     _Sign(AGREEMENT, "fast model and student", "agree", "agrees"),
@@ -341,9 +369,31 @@ class Frame:
         """Shops that :func:`totals_of` should count however small they are on a day."""
         return self._fixed.large_shops
 
-    def reference_series(self) -> pa.Table:
-        """The series of the days that the frame was fitted on."""
-        return self._reference
+    def reference_series(self, today: pa.Table | None = None) -> pa.Table:
+        """The series of the days that the frame was fitted on.
+
+        Args:
+            today: Series of the day that they are for. A shop or country that is large on that day alone has
+                its share of the reference's days too.
+        """
+        if today is None:
+            return self._reference
+        fixed, known = self._fixed, {*self.large_shops, NEW}
+        shares = today.filter((pc.field("question") == SHOP_MIX) & (pc.field("measure") == "shop"))
+        shops = {str(shop) for shop in shares["segment"].to_pylist()} - known
+        counts = today.filter(pc.field("question") == VOLUME)
+        countries = {
+            group.removeprefix(_COUNTRY)
+            for group in map(str, counts["group"].to_pylist())
+            if group.startswith(_COUNTRY)
+        } - {*fixed.countries, OTHER}
+        tables = [self._reference]
+        for totals in fixed.totals:
+            series = _DaySeries(totals.day)
+            series.add_shops(sorted(shops), totals)
+            series.add_countries(sorted(countries), totals)
+            tables.append(series.table())
+        return pa.concat_tables(tables)
 
     def series(self, day: str, rows: pd.DataFrame, totals: DayTotals) -> pa.Table:
         """The series of a day that is not of the reference; for one that is, see :meth:`without`.
@@ -354,16 +404,18 @@ class Frame:
             totals: Of the same day.
 
         Returns:
-            Rows of ``SERIES_SCHEMA``. A share or mean of no offers at all has none.
+            Rows of ``SERIES_SCHEMA``. A share or mean of no offers at all has none, and of a day that is not
+            over there are none that need all of it.
         """
         rows = rows.reset_index(drop=True)
         measured = _measure(self._fixed, self._vocabulary, rows)
-        ours = [title or "" for title in text_column(rows, "title")][: len(self._titles)]
+        titles = text_column(rows, "title")[_is_whole(measured)]
+        ours = [str(title or "") for title in titles[: len(self._titles)]]
         series = _DaySeries(day)
         series.add_totals(self._fixed, totals)
         series.add_offers(self._fixed, measured)
         series.add_distance(ours, self._titles, self._fixed.seed)
-        return series.table()
+        return series.table() if totals.complete else series.table_of_part()
 
     def reference_columns(self) -> pa.Table:
         """As :meth:`columns`, of the offers that the frame was fitted on; with their ``day``."""
@@ -421,7 +473,7 @@ class Frame:
             raise InputError(f"{folder} is damaged: {error}; delete the folder and make it again") from None
         counts = [words[f"titles_{place}"].to_numpy() for place in range(len(fixed.vocabulary_languages))]
         vocabulary = Vocabulary(
-            [str(word) for word in words["word"].to_pylist()],
+            {str(word): number for number, word in enumerate(words["word"].to_pylist())},
             words["folds"].to_numpy(),
             fixed.folds,
             fixed.vocabulary_languages,
@@ -476,7 +528,8 @@ class _Fit:
         looks = self._looks()
         self._measured = self._measure(looks)
         self._fixed = msgspec.structs.replace(
-            looks[self._left_out],
+            self._fixed,
+            usual_characters=looks[self._left_out].usual_characters,
             bins={
                 number.column: Bins.at_deciles(self._bin_values(number), number.unit) for number in _NUMBERS
             },
@@ -516,6 +569,9 @@ class _Fit:
             large_shops=_frequent(
                 _added(totals.by_shop for totals in self._totals), _LEAST_SHOP_SHARE, _MOST_SHOPS
             ),
+            currencies=Names.of(
+                text_column(rows, "currency"), fold, _LEAST_LANGUAGE_SHARE, _MOST_LANGUAGES
+            ).named,
             languages=Names.of(self._languages, fold, _LEAST_LANGUAGE_SHARE, _MOST_LANGUAGES).named,
             shops=Names.of(text_column(rows, "shop_id"), fold, _LEAST_SHOP_SHARE, _MOST_SHOPS),
             shop_categories=Names.of(
@@ -532,6 +588,9 @@ class _Fit:
                 for country in named_countries
             },
             leaves={leaf: paths[leaf] or leaf for leaf in leaves},
+            offers_of_category=dict(
+                sorted(Counter(str(c) for c in text_column(rows, "category_id") if c is not None).items())
+            ),
             bins={},
             common_words=common_words(tokens.presence(len(words)), words, self._languages, _COMMON_WORDS),
             usual_characters="",
@@ -544,7 +603,12 @@ class _Fit:
         )
 
     def _looks(self) -> dict[int, _Fixed]:
-        """What is usual by all folds but one, for each of them: prices and characters."""
+        """What is usual by all folds but one, for each of them: prices and characters.
+
+        Another day is held against the characters of all folds but one too: the fewer the titles, the
+        more characters are unusual. Its prices are held against those of all folds: a median of fewer
+        offers is as right, and one fold less would shift the prices of all further days alike.
+        """
         titles_with = {
             fold: titles_with_character([self._titles[row] for row in np.flatnonzero(self._fold == fold)])
             for fold in self._vocabularies
@@ -576,16 +640,17 @@ class _Fit:
 
     def _titles_to_tell_apart(self) -> dict[int, tuple[list[str], list[str]]]:
         """Of each fold, its titles and as many of the others; a single day is one fold against the other."""
-        pairs = {}
+        pairs, is_told = {}, _is_whole(self._measured)
         for fold in np.unique(self._fold):
-            ours = np.flatnonzero(self._fold == fold)[: self._pool_size()]
-            theirs = _draw(np.flatnonzero(self._fold != fold), len(ours), self._seed, int(fold))
+            ours = np.flatnonzero((self._fold == fold) & is_told)[: self._pool_size()]
+            theirs = _draw(np.flatnonzero((self._fold != fold) & is_told), len(ours), self._seed, int(fold))
             pairs[int(fold)] = [self._titles[row] for row in ours], [self._titles[row] for row in theirs]
         return pairs
 
     def _pool(self) -> list[str]:
         """Titles that those of another day are told apart from: of all folds but one, as for each fold."""
-        rows = _draw(np.flatnonzero(self._fold != self._left_out), self._pool_size(), self._seed, -1)
+        is_told = (self._fold != self._left_out) & _is_whole(self._measured)
+        rows = _draw(np.flatnonzero(is_told), self._pool_size(), self._seed, -1)
         return [self._titles[row] for row in rows]
 
     def _pool_size(self) -> int:
@@ -628,7 +693,7 @@ class _Measured:
     numbers: pd.DataFrame
     """Numbers, and signs as 0 to 1; NaN where the offer is left out."""
     names: pd.DataFrame
-    """``country``, ``language``, ``shop``, ``shop_category``, ``top``, ``leaf``, ``brand``."""
+    """``country``, ``currency``, ``language``, ``shop``, ``shop_category``, ``top``, ``leaf``, ``brand``."""
     common: sparse.csr_matrix
     """(offers, common words): whether the title has the word."""
 
@@ -677,6 +742,8 @@ def _measure(
         "far_above": _sign(log_price > np.log(_FAR_PRICE), ~np.isnan(log_price)),
         "far_below": _sign(log_price < -np.log(_FAR_PRICE), ~np.isnan(log_price)),
         "free": _sign(price == 0, ~np.isnan(price)),
+        "no_usual_price": _sign(np.isnan(log_price), price > 0),
+        "rarity": _rarity(fixed, category),
         "confidence": np.where(untrained, confidence, np.nan),
         "to_student": _sign(fast_confidence < fixed.escalate_below, untrained & ~np.isnan(fast_confidence)),
         "to_review": _sign(confidence < fixed.review_below, untrained & ~np.isnan(confidence)),
@@ -685,12 +752,16 @@ def _measure(
             ~rows["taxonomy_known"].to_numpy(dtype=bool), np.ones(len(rows), dtype=bool)
         ),
     }
+    # What damage does to words is not the wording of shops: a training must not be started by it.
+    for name in ("characters", "words", "unknown", "unknown_last", "unusual", "another"):
+        numbers[name] = np.where(of_titles["damaged"] + of_titles["cut"] == 0, numbers[name], np.nan)
     common = [vocabulary.numbers[common.word] for common in fixed.common_words]
     return _Measured(
         pd.DataFrame(numbers, dtype=np.float64),
         pd.DataFrame(
             {
                 "country": text_column(rows, "country"),
+                "currency": text_column(rows, "currency"),
                 "language": languages,
                 "shop": shops,
                 "shop_category": shop_categories,
@@ -702,6 +773,26 @@ def _measure(
         ),
         tokens.presence(len(vocabulary.numbers))[:, common],
     )
+
+
+def _rarity(fixed: _Fixed, categories: Objects) -> Floats:
+    """See :data:`ml.drift.questions.RARITY`; NaN without a category.
+
+    All that the reference has a few times or not at all are equally rare, so that its own days, which are
+    counted in it, compare with others.
+    """
+    known, least = fixed.offers_of_category, _LEAST_OF_CATEGORY / max(fixed.offers, 1)
+    rarity = {name: -np.log10(max(count / max(fixed.offers, 1), least)) for name, count in known.items()}
+    return np.array(
+        [np.nan if name is None else rarity.get(name, -np.log10(least)) for name in categories],
+        dtype=np.float64,
+    )
+
+
+def _is_whole(measured: _Measured) -> Mask:
+    """Which titles show no damage and are not cut."""
+    numbers = measured.numbers
+    return ((numbers["damaged"] == 0) & (numbers["cut"] == 0)).to_numpy(dtype=bool)
 
 
 def _sign(shown: Mask, looked_at: Mask) -> Floats:
@@ -767,16 +858,35 @@ class _DaySeries:
         """What was collected, as ``SERIES_SCHEMA``."""
         return pa.table(self._columns, schema=SERIES_SCHEMA)
 
+    def table_of_part(self) -> pa.Table:
+        """The same, of a day that is not over: without what is not asked of it."""
+        table = self.table()
+        is_left_out = pc.or_(
+            pc.is_in(table["question"], pa.array(UNKNOWN_UNTIL_THE_DAY_IS_OVER, pa.string())),
+            pc.equal(table["segment"], pa.scalar(BEYOND_A_TO_Z)),
+        )
+        return table.filter(pc.invert(is_left_out))
+
     def add_totals(self, fixed: _Fixed, totals: DayTotals) -> None:
         """What is counted over all offers: volume, missing values, quarantined rows, shares of shops."""
-        if totals.complete:
-            self._count(VOLUME, "", totals.offers)
-            known = {country: totals.by_country.get(country, 0) for country in fixed.countries}
-            for country, offers in known.items():
-                self._count(VOLUME, f"country {country}", offers)
-            self._count(VOLUME, f"country {OTHER}", totals.offers - sum(known.values()))
-            for shop in fixed.large_shops:
-                self._count(VOLUME, f"shop {shop}", totals.by_shop.get(shop, 0))
+        self._count(VOLUME, "", totals.offers)
+        self._add(VOLUME, SHOPS, "", "", "count", float(totals.shops), totals.shops, None)
+        known = {country: totals.by_country.get(country, 0) for country in fixed.countries}
+        for country, offers in known.items():
+            self._count(VOLUME, f"country {country}", offers)
+        self._count(VOLUME, f"country {OTHER}", totals.offers - sum(known.values()))
+        for shop in fixed.large_shops:
+            self._count(VOLUME, f"shop {shop}", totals.by_shop.get(shop, 0))
+        named = sum(totals.by_shop.get(shop, 0) for shop in fixed.large_shops)
+        self._count(VOLUME, f"shop {OTHER}", totals.offers - named)
+        self.add_countries(
+            [
+                country
+                for country, offers in totals.by_country.items()
+                if offers >= _LEAST_COUNTRY_SHARE * totals.offers and country not in (*known, MISSING)
+            ],
+            totals,
+        )
         for column in _OPTIONAL_COLUMNS:
             missing = totals.missing.get(column, {})
             self._share(COMPLETENESS, column, "", "missing", sum(missing.values()), totals.offers)
@@ -796,14 +906,21 @@ class _DaySeries:
                 totals.quarantined.get(reason, 0),
                 totals.delivered,
             )
-        newcomers = [
+        large = [
             shop
             for shop, offers in totals.by_shop.items()
-            if offers >= _LEAST_SHOP_SHARE * totals.offers
-            and shop not in fixed.shops.folds_with
-            and shop not in (*fixed.large_shops, OTHER)
+            if offers >= _LEAST_SHOP_SHARE * totals.offers and shop not in (*fixed.large_shops, OTHER)
         ]
-        for shop in (*fixed.large_shops, *newcomers):
+        self.add_shops([*fixed.large_shops, *large], totals)
+
+    def add_countries(self, countries: Collection[str], totals: DayTotals) -> None:
+        """Offers of countries."""
+        for country in countries:
+            self._count(VOLUME, f"country {country}", totals.by_country.get(country, 0))
+
+    def add_shops(self, shops: Collection[str], totals: DayTotals) -> None:
+        """Shares of shops."""
+        for shop in shops:
             self._share(SHOP_MIX, "shop", "", shop, totals.by_shop.get(shop, 0), totals.offers)
 
     def add_offers(self, fixed: _Fixed, measured: _Measured) -> None:
@@ -825,8 +942,10 @@ class _DaySeries:
                 shown = numbers[sign.column][mask]
                 shown = shown[~np.isnan(shown)]
                 self._share(sign.question, sign.measure, group, sign.segment, shown.sum(), len(shown))
-        self._add_common_words(fixed, measured.common, names["language"])
+        whole = np.flatnonzero(_is_whole(measured))
+        self._add_common_words(fixed, measured.common[whole], names["language"][whole])
         self._add_names(LANGUAGES, "language", fixed.languages, names["language"], groups)
+        self._add_names(PRICES, "currency", fixed.currencies, names["currency"], groups)
         self._add_names(SHOP_MIX, "shop category", fixed.shop_categories.named, names["shop_category"])
         for measure, column in (("shop", "new_shop"), ("shop category", "new_shop_category")):
             self._share(SHOP_MIX, measure, "", NEW, numbers[column].sum(), len(everywhere))
@@ -836,6 +955,7 @@ class _DaySeries:
             self._add_names(
                 PREDICTED_CATEGORIES, "top-level category", tops, names["top"], {group: countries[group]}
             )
+        self._mean(PREDICTED_CATEGORIES, RARITY, "", numbers["rarity"])
         for leaf, path in fixed.leaves.items():
             self._share(
                 PREDICTED_CATEGORIES,

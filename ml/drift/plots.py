@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ml.drift.answers import Finding, Kind, Level
-from ml.drift.questions import PRICE_OVER_USUAL
+from ml.drift.questions import PRICE_OVER_USUAL, SHOPS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -120,7 +120,7 @@ def _kind_of(finding: Finding) -> Kind:
     """Of a finding without its series: shares end at 1, counts are of volume."""
     if finding.segment:
         return "share"
-    return "count" if finding.measure == "offers" else "number"
+    return "count" if finding.measure in ("offers", SHOPS) else "number"
 
 
 def _draw_series(axes: Axes, finding: Finding, rows: pa.Table, day: str) -> None:

@@ -15,6 +15,7 @@ from ml.drift.answers import Kind, Level, Question
 VOLUME = "volume_is_usual"
 COMPLETENESS = "values_are_complete"
 WORDING = "wording_is_usual"
+UNDAMAGED = "titles_are_undamaged"
 LANGUAGES = "languages_are_usual"
 PRICES = "prices_are_usual"
 SHOP_MIX = "shop_mix_is_usual"
@@ -27,6 +28,7 @@ QUESTIONS: tuple[Question, ...] = (
     Question(name=VOLUME, title="offers per country and shop"),
     Question(name=COMPLETENESS, title="missing and malformed values"),
     Question(name=WORDING, title="length and words of titles"),
+    Question(name=UNDAMAGED, title="titles damaged on the way"),
     Question(name=LANGUAGES, title="languages"),
     Question(name=PRICES, title="price over the usual of its category"),
     Question(name=SHOP_MIX, title="shops and their categories"),
@@ -36,12 +38,40 @@ QUESTIONS: tuple[Question, ...] = (
     Question(name=TAXONOMY_IN_FORCE, title="predictions that the taxonomy in force does not have"),
 )
 
+UNKNOWN_UNTIL_THE_DAY_IS_OVER = (
+    VOLUME,
+    WORDING,
+    LANGUAGES,
+    PRICES,
+    SHOP_MIX,
+    PREDICTED_CATEGORIES,
+    SURENESS,
+)
+"""Questions that half of a day's shops answer otherwise than all of them, and so are not asked before the
+day is over: each shop has its countries, languages, words, prices and categories, of which the model is more
+or less sure. The others are asked at once, for no half of a sound feed fails them: values that are missing,
+damaged titles, two models that contradict each other and predictions of another taxonomy."""
+
+BEYOND_A_TO_Z = "with letters beyond a to z"
+"""Titles; where a damaged encoding lost such letters there are fewer of them. Languages have more or less of
+them, so of a day that is not over they say nothing."""
+
+MEASURED_ON_SOME = (WORDING, SURENESS, AGREEMENT)
+"""Questions about a part of the offers: whose titles are whole, that were not trained on. That a day has none
+of them is no news of what the question is about; of all others it is a finding."""
+
 # Measures that are limited or written in a way of their own; all others go by their kind.
 PRICE_OVER_USUAL = "price over usual"
 """Mean of the natural logarithm of price over the usual price; written as "1.33 times"."""
 TITLES_WITH_WORD = "titles with the word"
+PRICED = "offers with a price"
 CONTENT_DISTANCE = "content distance"
 """Area under the curve of telling titles of the day from those of the reference; no deviation."""
+SHOPS = "shops that deliver"
+"""How many there are; counted over all offers."""
+RARITY = "rarity of the predicted category"
+"""Mean of minus the decimal logarithm of the category's share in the reference. It falls when a model that
+knew thousands of categories answers with a few hundred, each too small for a series of its own."""
 UNITS: dict[str, str] = {PRICE_OVER_USUAL: "times", "title length": "characters", "title words": "words"}
 """Of the numbers whose unit their measure's name does not say."""
 SPANS: dict[str, tuple[float, float]] = {
@@ -118,7 +148,7 @@ LEAST_EFFECTS: tuple[LeastEffects, ...] = (
     # for several that went the wrong way.
     LeastEffects(
         kind="share",
-        question=WORDING,
+        question=UNDAMAGED,
         measure="titles",
         segments=DAMAGED_TITLES,
         of_all_offers=True,
@@ -158,6 +188,14 @@ LEAST_EFFECTS: tuple[LeastEffects, ...] = (
         warn=LeastEffect(change=0.03, factor=1.5, part=0.005),
         error=LeastEffect(change=0.10, factor=2.0, part=0.02),
     ),
+    # Of tens of thousands of shops none is large enough to be missed by its offers. One in twenty that is
+    # silent is an export that failed for some; one in five is an outage of its own kind.
+    LeastEffects(
+        kind="count",
+        measure=SHOPS,
+        warn=LeastEffect(change=float("inf"), factor=1.05),
+        error=LeastEffect(change=float("inf"), factor=1.25),
+    ),
     # Measured by all offers of the day: a shop of 1 % that is gone is a warning, a country of 2 % or more
     # that is gone an error; of all offers together, a seventh missing warns and a third is an error.
     LeastEffects(
@@ -194,17 +232,20 @@ HARMLESS: tuple[Harmless, ...] = (
     # A feed that got more complete or less malformed. Still worth a look: gaps may have been filled with a
     # default, or a check at the source may have been switched off.
     Harmless(question=COMPLETENESS, direction="less"),
-    # Fewer damaged, cut or odd titles, fewer unknown words. Not "with letters beyond a to z": fewer of them
-    # is what lost umlauts look like.
+    # Fewer damaged or cut titles. Of letters beyond a to z fewer are what lost umlauts look like, and more
+    # are another language.
+    Harmless(
+        question=UNDAMAGED,
+        measure="titles",
+        segments=(*DAMAGED_TITLES, "cut off with dots"),
+        direction="less",
+    ),
+    Harmless(question=UNDAMAGED, measure="titles", segments=(BEYOND_A_TO_Z,), direction="more"),
+    # Fewer odd titles and unknown words.
     Harmless(
         question=WORDING,
         measure="titles",
-        segments=(
-            *DAMAGED_TITLES,
-            "cut off with dots",
-            "with unusual characters",
-            "whose last word the reference does not have",
-        ),
+        segments=("with unusual characters", "whose last word the reference does not have"),
         direction="less",
     ),
     Harmless(question=WORDING, measure="words of titles", direction="less"),
@@ -214,8 +255,11 @@ HARMLESS: tuple[Harmless, ...] = (
     Harmless(question=LANGUAGES, measure="titles", direction="less"),
     # Fewer prices of 0 or far off. The mean and the deciles count both ways: cents for euros and back.
     Harmless(question=PRICES, measure="prices", direction="less"),
+    Harmless(question=PRICES, measure=PRICED, direction="less"),
     # No newcomers where some are usual.
     Harmless(question=SHOP_MIX, segments=("(not in the reference)",), direction="less"),
+    # More shops, large and small.
+    Harmless(question=VOLUME, kind="count", measure=SHOPS, direction="more"),
     # A surer model, and less work for the student and for people. Deciles of confidence count both ways: a
     # peak at any place may be a model that answers everything alike.
     Harmless(question=SURENESS, kind="number", measure="confidence", direction="more"),
@@ -235,6 +279,8 @@ class BetweenDays(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     kind: Kind
+    of_all_offers: bool = False
+    """Whether only for the counts of all offers and shops, after a reference of a week or more."""
     supposed: float
     """What is supposed until the reference tells otherwise, and never less while it is shorter than a week:
     it has not seen all weekdays."""
@@ -245,6 +291,8 @@ class BetweenDays(msgspec.Struct, frozen=True, kw_only=True):
 BETWEEN_DAYS: tuple[BetweenDays, ...] = (
     # A shop sends all of its assortment or a part; single shops move by 5-20 % from day to day.
     BetweenDays(kind="share", supposed=0.15, least=0.02),
+    # In all offers the ups and downs of shops cancel out, and a week has shown its week-end.
+    BetweenDays(kind="count", of_all_offers=True, supposed=0.10, least=0.03),
     # Week-ends hold 20-30 % fewer offers in many feeds.
     BetweenDays(kind="count", supposed=0.20, least=0.03),
     # A shop of a twentieth of the offers, one deviation away from the others, comes and goes.
@@ -274,9 +322,21 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     so it is more certain: with few degrees of freedom, titles of half the length would not be found."""
     autocorrelation: float = 0.3
     """Least correlation of neighbouring days that is allowed for: feeds repeat themselves."""
+    bad_day_deviations: float = 5.0
+    """Robust standard deviations from the median by which a day of the reference is far from the others, but
+    no fewer of what days are supposed to differ by. An outage is ten and more, a usual day hardly ever is
+    five."""
+    bad_day_edge: float = 3.0
+    """Deviations from the median that such a day counts as."""
+    bad_times: int = 2
+    """An outage may last for days. What comes about more often than twice in a reference is usual."""
+    bad_days_share: float = 0.25
+    """The same of what holds for more than a quarter of the days."""
     least_effects: tuple[LeastEffects, ...] = LEAST_EFFECTS
     harmless: tuple[Harmless, ...] = HARMLESS
     between_days: tuple[BetweenDays, ...] = BETWEEN_DAYS
+    vanished_for_error: float = 0.10
+    """Part of all offers on which a series cannot be measured any more: as of shares in general."""
     stale_predictions_for_error: float = 0.01
     """Share of predictions outside the taxonomy in force. None is expected, so one is a warning. Up to one in
     a hundred is a category that was just retired; more is a model of another taxonomy."""
@@ -305,9 +365,13 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 return harmless.most
         return "ERROR"
 
-    def differences(self, kind: Kind) -> BetweenDays:
+    def differences(self, kind: Kind, *, of_all_offers: bool) -> BetweenDays:
         """What is known beforehand of the differences between days."""
-        return next(between for between in self.between_days if between.kind == kind)
+        return next(
+            between
+            for between in self.between_days
+            if between.kind == kind and (of_all_offers or not between.of_all_offers)
+        )
 
 
 LIMITS = Limits()

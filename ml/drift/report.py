@@ -20,7 +20,7 @@ from ml.drift.answers import LEVELS, Answer, DayReport, DistanceOfColumn, Questi
 from ml.drift.evidently_report import LEAST_OFFERS, write_evidently_report
 from ml.drift.frame import SERIES_FILE, DayTotals, Frame, totals_of
 from ml.drift.plots import picture
-from ml.drift.questions import AGREEMENT, LIMITS, QUESTIONS, TAXONOMY_IN_FORCE, VOLUME
+from ml.drift.questions import AGREEMENT, LIMITS, QUESTIONS, TAXONOMY_IN_FORCE, UNKNOWN_UNTIL_THE_DAY_IS_OVER
 from ml.drift.sample import TRAINED_FILE, rows_of, sampled_offers, with_fast_model
 from ml.drift.series import Judgement, expectations, judge, weekdays_are_known
 from ml.errors import InputError
@@ -53,7 +53,8 @@ def write_drift_report(context: StageContext, parameters: DriftParameters) -> di
     offers = _looked_at(context, parameters)
     rows = rows_of(offers)
     context.progress.say(f"{totals.offers:,} offers, {len(rows):,} of them are looked at one by one")
-    today, reference = frame.series(day, rows, totals), frame.reference_series()
+    today = frame.series(day, rows, totals)
+    reference = frame.reference_series(today)
     pq.write_table(today, context.output / SERIES_FILE, compression="zstd")
     judgements = judge(day, today, reference, earlier)
     has_fast_model = context.optional_input("fast_checkpoint") is not None
@@ -170,21 +171,21 @@ def _answer(question: Question, judgement: Judgement, why_unknown: str) -> Answe
 def _why_unknown(
     question: Question, totals: DayTotals, looked_at: int, frame: Frame, has_fast_model: bool
 ) -> str:
-    if question.name == VOLUME and not totals.complete:
+    if question.name in UNKNOWN_UNTIL_THE_DAY_IS_OVER and not totals.complete:
         return "the day is not over"
     if question.name == AGREEMENT and not has_fast_model:
         return "there is no fast model"
-    return (
-        f"too few offers to tell: {looked_at:,} were looked at, against {frame.reference_offers:,} of the "
-        f"reference; both need at least {LIMITS.least_offers} that can be measured"
-    )
+    against = f"{looked_at:,} were looked at, against {frame.reference_offers:,} of the reference"
+    if min(looked_at, frame.reference_offers) >= LIMITS.least_offers:
+        return f"too few offers can be measured: {against}, but few or none of them have what is asked for"
+    return f"too few offers to tell: {against}; both need at least {LIMITS.least_offers} that can be measured"
 
 
 def _sentence_of_day(day: str, answers: Sequence[Answer], totals: DayTotals, frame: Frame, other: str) -> str:
     failed = sorted((a for a in answers if a.level in ("WARN", "ERROR")), key=lambda a: -LEVELS[a.level])
-    unknown = sum(answer.level == "UNKNOWN" for answer in answers)
+    unknown, days = sum(answer.level == "UNKNOWN" for answer in answers), len(frame.reference_days)
     against = (
-        f"{totals.offers:,} offers against {len(frame.reference_days)} {other}days of "
+        f"{totals.offers:,} offers against {days} {other}day{'s' if days > 1 else ''} of "
         f"{frame.reference_offers:,} offers looked at"
     )
     not_told = f", {unknown} not answered" if unknown else ""

@@ -6,6 +6,8 @@ the reference can tell). A test that knows of the first alone finds "drift" ever
 of offers everything is significant; and a reference of some days tells little of the second for a single
 series, but much for all series of a measure together. Hence, per series:
 
+0. **Bad days**: an outage that the reference holds is not to make the next one usual, so a day that is far
+   from what the series is on the others counts as one at the edge of it (:func:`_without_bad_days`).
 1. **Expectation**: weighted mean of the reference days. Where the reference has every weekday at least twice,
    the expectation is the weekday's, pulled towards the mean as far as weekdays explain no more than chance
    would (positive-part James-Stein; Efron & Morris 1973).
@@ -41,10 +43,13 @@ from scipy import special, stats
 
 from ml.drift.answers import LEVELS, SERIES_SCHEMA, Finding, Kind, Level
 from ml.drift.questions import (
+    COMPLETENESS,
     LIMITS,
+    MEASURED_ON_SOME,
     NAMES,
     PRICE_OVER_USUAL,
     QUESTIONS,
+    SHOP_MIX,
     SPANS,
     TAXONOMY_IN_FORCE,
     UNITS,
@@ -82,6 +87,9 @@ _OWN_DAYS = 4.0
 """Days of reference that the measure counts as for a series, at least: one measure's series are alike."""
 _MOST_DECIMALS = 6
 """Of a figure in a sentence."""
+_NARROWER_FIRST = 1.25
+"""How much more a finding of one country or shop counts in the order of findings. What moved in one country
+alone moves all offers by as much times its part, and the country is what a person has to be told."""
 _ANSCOMBE = 3 / 8
 """Added to counts before they are transformed (Anscombe 1948)."""
 
@@ -118,16 +126,19 @@ def judge(
     Returns:
         For every question of :data:`ml.drift.questions.QUESTIONS`, by name, in their order. A series that
         either side does not have is a share of zero, or a count of zero, where that side has other segments
-        of the same measure and group; otherwise it is not tested.
+        of the same measure and group; otherwise it is not tested, and is a finding where the reference has
+        it on every day and today's offers of the group are enough (:func:`_vanished`).
     """
     judgements = {}
     grid = _Grid.of(day, today, reference, earlier, limits)
+    of_group = _offers_of_groups(grid)
     for question in QUESTIONS:
         part = grid.of_question(question.name)
         if question.name == TAXONOMY_IN_FORCE:
             judgements[question.name] = _taxonomy_in_force(part, limits)
         else:
-            judgements[question.name] = _judgement(question.name, part, limits)
+            vanished = _vanished(question.name, part, of_group, limits)
+            judgements[question.name] = _judgement(question.name, part, vanished, limits)
     return judgements
 
 
@@ -158,7 +169,7 @@ def expectations(
         return EXPECTATION_SCHEMA.empty_table()
     usual = _Usual.of(grid, limits)
     tested = _is_tested(grid, usual, limits)
-    low, high = usual.ranges(_warning_chance(int(tested.sum()), limits), np.arange(len(grid)))
+    low, high = usual.ranges(_warning_chances(grid, tested, limits), np.arange(len(grid)))
     rows, columns = len(grid), len(grid.days)
     table: dict[str, Any] = {"day": np.tile(np.array(grid.days, dtype=object), rows)}
     for place, name in enumerate(_KEY):
@@ -328,6 +339,7 @@ class _Usual(msgspec.Struct, kw_only=True):
     """What the reference lets expect of each series of a question, on each day of the grid."""
 
     grid: _Grid
+    """Without the reference's bad days."""
     expected: Floats
     between: Floats
     """Variance between days that the residuals are scaled with; of a measure, on its natural scale."""
@@ -347,6 +359,7 @@ class _Usual(msgspec.Struct, kw_only=True):
         """Fit the reference's days; see the module's docstring."""
         references = grid.references
         supposed = _per_kind(grid, limits, "supposed") ** 2
+        grid = _without_bad_days(grid, supposed, limits)
         least = _per_kind(grid, limits, "least") ** 2
         days = np.isfinite(grid.in_reference).sum(axis=1)
         expected, weekdays = _expected(grid, supposed)
@@ -394,11 +407,11 @@ class _Usual(msgspec.Struct, kw_only=True):
             autocorrelation=autocorrelation,
         )
 
-    def ranges(self, chance: float, rows: Ints) -> tuple[Floats, Floats]:
-        """Where each day's value of these series lies, but for this chance on both sides together."""
+    def ranges(self, chances: Floats, rows: Ints) -> tuple[Floats, Floats]:
+        """Where each day's value of these series lies, but for its chance on both sides together."""
         grid, expected, between = self.grid.at(rows), self.expected[rows], self.between[rows]
         spread = np.sqrt(self.variance[rows, None] * (1 + self.uncertainty[rows]))
-        width = stats.t.isf(chance / 2, self.freedom[rows])[:, None] * spread
+        width = stats.t.isf(chances[rows] / 2, self.freedom[rows])[:, None] * spread
         centre = _stabilised(grid, expected, between)
         spans = np.array([SPANS.get(key[1], (-np.inf, np.inf)) for key in grid.keys]).reshape(-1, 2)
         spans[~grid.of_kind("number")] = -np.inf, np.inf
@@ -408,18 +421,58 @@ class _Usual(msgspec.Struct, kw_only=True):
 
 
 def _is_of_all_offers(key: tuple[str, str, str, str, Kind]) -> bool:
-    """Whether a series is the count of all offers."""
+    """Whether a series is the count of all offers, or of all shops."""
     return key[4] == "count" and not key[2] and not key[3]
 
 
 def _per_kind(grid: _Grid, limits: Limits, name: str) -> Floats:
-    known = {kind: getattr(limits.differences(kind), name) for kind in _KINDS}
-    return np.array([known[key[4]] for key in grid.keys], dtype=np.float64)
+    has_week = grid.references >= _WEEKDAYS
+    found = [
+        limits.differences(key[4], of_all_offers=has_week and _is_of_all_offers(key)) for key in grid.keys
+    ]
+    return np.array([getattr(between, name) for between in found], dtype=np.float64)
 
 
 def _groups(numbers: Ints) -> list[Ints]:
     """The places of each number."""
     return [np.flatnonzero(numbers == number) for number in range(int(numbers.max(initial=-1)) + 1)]
+
+
+def _without_bad_days(grid: _Grid, supposed: Floats, limits: Limits) -> _Grid:
+    """The series, with bad days of the reference drawn in to the edge of what the other days are.
+
+    A day is bad for a series if it is far from the median of all days and from that of the others of its
+    weekday. What happens on many days, or again and again, is no accident but how the series is: a shop that
+    sends now and then. Before the weekdays are known a week-end looks like an outage; nothing is drawn in.
+    """
+    reference = grid.days[: grid.references]
+    if not weekdays_are_known(reference) or not len(grid):
+        return grid
+    stable = _stabilised(grid, grid.value, supposed)[:, : grid.references]
+    # A share of no offers has no place on the scale.
+    stable[~np.isfinite(stable) | ~np.isfinite(grid.in_reference)] = np.nan
+    rows = np.flatnonzero(np.isfinite(stable).any(axis=1))
+    stable = stable[rows]
+    centre = np.nanmedian(stable, axis=1, keepdims=True)
+    scale = np.maximum(1.4826 * np.nanmedian(np.abs(stable - centre), axis=1, keepdims=True), 1.0)
+    bad = np.abs(stable - centre) > limits.bad_day_deviations * scale
+    weekday = np.array([date.fromisoformat(day).weekday() for day in reference])
+    for column in np.flatnonzero(bad.any(axis=0)):
+        others = np.flatnonzero((weekday == weekday[column]) & (np.arange(len(weekday)) != column))
+        known = bad[:, column] & np.isfinite(stable[:, others]).any(axis=1)
+        of_weekday = np.nanmedian(stable[known][:, others], axis=1)
+        far = np.abs(stable[known, column] - of_weekday) > limits.bad_day_deviations * scale[known, 0]
+        bad[known, column] = far
+    times = bad[:, 0] + (bad[:, 1:] & ~bad[:, :-1]).sum(axis=1)
+    days = np.isfinite(stable).sum(axis=1)
+    bad[(times > limits.bad_times) | (bad.sum(axis=1) > limits.bad_days_share * days)] = False
+    edge = limits.bad_day_edge * scale
+    drawn_in = np.full((len(rows), len(grid.days)), np.nan)
+    drawn_in[:, : grid.references] = np.clip(stable, centre - edge, centre + edge)
+    restored = _restored(grid.at(rows), drawn_in, supposed[rows])[:, : grid.references]
+    value = grid.value.copy()
+    value[rows, : grid.references] = np.where(bad, restored, value[rows, : grid.references])
+    return msgspec.structs.replace(grid, value=value)
 
 
 def _expected(grid: _Grid, supposed: Floats) -> tuple[Floats, Floats]:
@@ -644,7 +697,7 @@ class _Window(msgspec.Struct, kw_only=True):
     """Of the range of the window's mean, over that of one day."""
 
 
-def _judgement(question: str, grid: _Grid, limits: Limits) -> Judgement:
+def _judgement(question: str, grid: _Grid, vanished: Sequence[Finding], limits: Limits) -> Judgement:
     if not len(grid):
         return Judgement(question=question, level="UNKNOWN", series=0, findings=[])
     usual = _Usual.of(grid, limits)
@@ -652,9 +705,64 @@ def _judgement(question: str, grid: _Grid, limits: Limits) -> Judgement:
     windows = [_window(usual, tested, [len(grid.days) - 1], limits)]
     if len(week := list(range(grid.references, len(grid.days)))) >= limits.least_window_days:
         windows.append(_window(usual, tested, week, limits))
-    findings = _findings(usual, windows, _warning_chance(int(tested.sum()), limits), limits)
+    found = _findings(usual, windows, _warning_chances(grid, tested, limits), limits)
+    # What is no longer measured may hide anything.
+    findings = sorted([*vanished, *found], key=lambda finding: -LEVELS[finding.level])
     level: Level = findings[0].level if findings else "OK" if tested.any() else "UNKNOWN"
-    return Judgement(question=question, level=level, series=int(tested.sum()), findings=findings)
+    return Judgement(
+        question=question, level=level, series=int(tested.sum()) + len(vanished), findings=findings
+    )
+
+
+def _offers_of_groups(grid: _Grid) -> dict[str, Floats]:
+    """Offers of each group that were looked at on each day, by whichever share or mean is of most of them."""
+    most: dict[str, Floats] = {}
+    offers = np.where(np.isfinite(grid.value), grid.offers, 0.0)
+    for place, (question, _, group, _, kind) in enumerate(grid.keys):
+        # Missing values and shops are counted over all offers, not over those that are looked at.
+        if kind != "count" and question not in (COMPLETENESS, SHOP_MIX):
+            most[group] = np.maximum(most.get(group, 0.0), offers[place])
+    return most
+
+
+def _vanished(question: str, grid: _Grid, of_group: dict[str, Floats], limits: Limits) -> list[Finding]:
+    """What the reference measures on every day, and today on none of enough offers; no test is needed.
+
+    Of a question that has no series at all today it was not asked: the day is not over, or there is no model.
+    """
+    known = np.isfinite(grid.value)
+    if question in MEASURED_ON_SOME or not known[:, -1].any():
+        return []
+    usually = (known & (grid.offers >= limits.least_segment_offers))[:, : grid.references].all(axis=1)
+    findings = {}
+    for row in np.flatnonzero(usually & ~known[:, -1] & ~grid.of_kind("count")):
+        _, measure, group, _, _ = grid.keys[row]
+        offers = of_group.get(group)
+        if offers is None or offers[-1] < limits.least_offers or (measure, group) in findings:
+            continue
+        of_all = max(float(of_day[-1]) for of_day in of_group.values())
+        shares = grid.offers[row, : grid.references] / np.maximum(offers[: grid.references], 1.0)
+        usual, low, high = (float(bound(np.minimum(shares, 1.0))) for bound in (np.median, np.min, np.max))
+        effect = usual * float(offers[-1]) / of_all
+        _, least, most = _in_words("", "share", 0.0, low, high)
+        name = ", ".join(part for part in (NAMES.get(measure, measure), group) if part)
+        findings[measure, group] = Finding(
+            question=question,
+            measure=f"offers with {measure}",
+            group=group,
+            segment="can be measured",
+            level="ERROR" if effect >= limits.vanished_for_error else "WARN",
+            value=0.0,
+            usual=usual,
+            usual_low=low,
+            usual_high=high,
+            effect=-effect,
+            p_value=0.0,
+            days=1,
+            sentence=f"{name}: cannot be measured any more on any of {offers[-1]:,.0f} offers, usually on "
+            f"{least if least == most else f'{least}–{most}'} % of them",
+        )
+    return sorted(findings.values(), key=_strongest_first)
 
 
 def _is_tested(grid: _Grid, usual: _Usual, limits: Limits) -> Bools:
@@ -674,9 +782,23 @@ def _share_of(chance: float) -> float:
     return chance / (len(QUESTIONS) - 1)
 
 
-def _warning_chance(tested: int, limits: Limits) -> float:
-    """Chance at which one series leaves its range; each is tested on two windows."""
-    return _share_of(limits.false_warnings_per_day) / max(2 * tested, 1)
+def _warning_chances(grid: _Grid, tested: Bools, limits: Limits) -> Floats:
+    """Chance at which each series leaves its range; each is tested on two windows."""
+    chances = np.empty(len(grid))
+    families = _families(grid)
+    for rows in families:
+        chances[rows] = 1 / len(families) / max(2 * int(tested[rows].sum()), 1)
+    return _share_of(limits.false_warnings_per_day) * chances
+
+
+def _families(grid: _Grid) -> list[Ints]:
+    """Series that share a chance of false alarms; each family has an equal part of its question's.
+
+    The counts of all offers and of all shops are one for themselves: everything else is a part of them, and
+    they are not to pay for the number of shops.
+    """
+    of_all = np.array([_is_of_all_offers(key) for key in grid.keys], dtype=bool)
+    return [rows for rows in (np.flatnonzero(of_all), np.flatnonzero(~of_all)) if len(rows)]
 
 
 def _window(usual: _Usual, tested: Bools, columns: list[int], limits: Limits) -> _Window:
@@ -736,17 +858,11 @@ def _of_two_rates(usual: _Usual, columns: Sequence[int]) -> Floats:
 
 
 def _corrected(grid: _Grid, p_values: Floats) -> Floats:
-    """p-values corrected for the number of series and windows.
-
-    The count of all offers has half of its question's chance of false alarms for itself: it is the one
-    series that everything else is a part of, and is not to pay for the number of shops.
-    """
-    of_all = np.array([_is_of_all_offers(key) for key in grid.keys], dtype=bool)
-    if not of_all.any() or of_all.all():
-        return _holm(p_values)
+    """p-values corrected for the number of families, and in each of them of series and windows."""
     corrected = np.empty_like(p_values)
-    for rows in (of_all, ~of_all):
-        corrected[:, rows] = np.minimum(2 * _holm(p_values[:, rows]), 1.0)
+    families = _families(grid)
+    for rows in families:
+        corrected[:, rows] = np.minimum(len(families) * _holm(p_values[:, rows]), 1.0)
     return corrected
 
 
@@ -764,18 +880,17 @@ def _holm(p_values: Floats) -> Floats:
 # Findings
 
 
-def _findings(usual: _Usual, windows: Sequence[_Window], chance: float, limits: Limits) -> list[Finding]:
+def _findings(usual: _Usual, windows: Sequence[_Window], chances: Floats, limits: Limits) -> list[Finding]:
     """At most one of each series: the day's or the week's, whichever is stronger.
 
-    First what a person would name first: of the worst level, what concerns most of all offers. Where two
-    concern about as many, the narrower series comes first, which moved further.
+    First what a person would name first: of the worst level, what concerns most of all offers.
     """
     corrected = _corrected(usual.grid, np.stack([window.p_value for window in windows]))
     unlikely = corrected < _share_of(limits.false_warnings_per_day)
     rows = np.flatnonzero(unlikely.any(axis=0))
     if not len(rows):
         return []
-    low, high = usual.ranges(chance, rows)
+    low, high = usual.ranges(chances, rows)
     findings: list[Finding] = []
     places: dict[tuple[str, str, str], int] = {}
     for place, row in enumerate(rows.tolist()):
@@ -794,7 +909,9 @@ def _findings(usual: _Usual, windows: Sequence[_Window], chance: float, limits: 
         findings,
         key=lambda finding: (
             -LEVELS[finding.level],
-            -round(min(abs(finding.effect), 1.0) * parts[places[_series_of(finding)]], 2),
+            -abs(finding.effect)
+            * parts[places[_series_of(finding)]]
+            * (_NARROWER_FIRST if finding.group else 1.0),
             *_strongest_first(finding),
         ),
     )

@@ -76,18 +76,23 @@ class Vocabulary:
     """
 
     def __init__(
-        self, words: Sequence[str], folds_with: Integers, folds: int, languages: Sequence[str], counts: Floats
+        self,
+        numbers: dict[str, int],
+        folds_with: Integers,
+        folds: int,
+        languages: Sequence[str],
+        counts: Floats,
     ) -> None:
         """Put a vocabulary together.
 
         Args:
-            words: Its words.
+            numbers: Its words, numbered from 0.
             folds_with: Of each word, the folds of the reference that have it.
             folds: How many folds there are.
             languages: Declared languages that can be told apart.
             counts: (words, languages) titles of the language that have the word, in all folds but one.
         """
-        self.numbers = {word: number for number, word in enumerate(words)}
+        self.numbers = numbers
         self.folds_with = folds_with
         self.folds = folds
         self.languages = list(languages)
@@ -108,7 +113,7 @@ class Vocabulary:
         for left_out in folds:
             others = np.flatnonzero(fold != left_out)
             counts = _counts(presence[others], declared[others], languages)
-            vocabularies[int(left_out)] = cls(list(numbers), folds_with, len(folds), languages, counts)
+            vocabularies[int(left_out)] = cls(numbers, folds_with, len(folds), languages, counts)
         return vocabularies, tokens
 
     def unknown(self, tokens: Tokens, *, of_reference: bool) -> tuple[Floats, Floats]:

@@ -1,7 +1,8 @@
-"""The two questions about live quality, answered from labels that are compared with predictions.
+"""The two questions about the model, answered from labels that are compared with predictions.
 
 Recent days are held against older ones at equal age of the labels: the decisions that come first are not
-like those that come last, and a young day only has the former.
+like those that come last, and a young day only has the former. No model is perfect, so what is judged is
+always a change: what was the same before is shown, and nobody is called for it.
 """
 
 from __future__ import annotations
@@ -110,11 +111,17 @@ class Periods:
         ages: Mapping[str, int],
         old_enough: Sequence[str],
         most_recent_days: int,
+        limits: Limits = LIMITS,
     ) -> Periods:
-        """Divide the days that are old enough: at most a third of them is recent."""
+        """Divide the days that are old enough.
+
+        Recent are the newest days of one model version: of the newest that has enough labels, so that a new
+        model is judged on its own days as soon as it can be. Older are all days before, whatever model they
+        had. At most a third of the days is recent.
+        """
         days = sorted(old_enough)
-        recent_days = days[len(days) - min(most_recent_days, max(1, len(days) // 3)) :] if days else []
-        older_days = [day for day in days if day not in recent_days]
+        recent_days = _recent_days(labels, days, most_recent_days, limits)
+        older_days = [day for day in days if day < recent_days[0]] if recent_days else []
         recent = labels[labels["day"].isin(recent_days)]
         older = labels[labels["day"].isin(older_days)]
         per_day = recent["day"].value_counts()
@@ -133,6 +140,23 @@ class Periods:
             older_days=older_days,
             spread=spread_between_days(older["right"].to_numpy(bool), seen.day),
         )
+
+
+def _recent_days(
+    labels: pd.DataFrame, days: Sequence[str], most_recent_days: int, limits: Limits
+) -> list[str]:
+    labels_of = labels["day"].value_counts().to_dict()
+    # A day has one model, but for one that was catalogued while another was deployed.
+    version_of = labels.groupby("day")["model_version"].agg(lambda of_day: of_day.mode().iloc[0]).to_dict()
+    candidates = []
+    for version in dict.fromkeys(version_of[day] for day in reversed(days)):
+        own = [day for day in days if version_of[day] == version]
+        up_to = sum(day <= own[-1] for day in days)
+        recent = own[-min(most_recent_days, max(1, up_to // 3)) :]
+        if sum(labels_of[day] for day in recent) >= limits.least_recent_labels:
+            return recent
+        candidates.append(recent)
+    return candidates[0] if candidates else []
 
 
 def mix_of(traffic: Mapping[str, Mapping[str, int]], days: Sequence[str]) -> dict[str, float]:
@@ -389,19 +413,15 @@ def shares_answer(
     name_of: Callable[[str], str],
     limits: Limits = LIMITS,
 ) -> Answer:
-    """Whether categories are predicted as often as people decide for them.
+    """Whether predicted shares are as close as before to those that people decide for.
 
-    Two kinds of finding: a difference that is there on all days together, and one that the recent days have
-    and the older do not. Only the latter can be usual, so its range is that of the older days.
+    A finding is a difference that the recent days have and the older, at equal age of the labels, do not. One
+    that is the same on all days is in the table and the figure only.
     """
     if reason := too_few(periods, limits):
         return _unknown(SHARES, reason)
     findings = []
     for share in found:
-        if (level := _standing_level(share, limits)) is not None:
-            findings.append(
-                _standing_finding(share, level, name_of, len(periods.recent_days + periods.older_days))
-            )
         if (level := _change_level(share, limits)) is not None:
             findings.append(_change_finding(share, level, name_of, len(periods.recent_days)))
     apart = 0.5 * sum(abs(share.difference) for share in found if share.level == "department")
@@ -409,45 +429,16 @@ def shares_answer(
         f"{apart:.1%} of offers would have to change department for the predicted shares to be those that "
         f"people decide for ({len(judged):,} labels of {_days(judged.days)}, weighted to all offers)"
     )
-    return _answer(SHARES, standing, findings, 2 * len(found))
-
-
-def _standing_level(share: CategoryShares, limits: Limits) -> Level | None:
-    size, ratio = abs(share.difference), abs(share.difference) / max(share.actual, 1e-9)
-    if share.p_value < limits.error_p and size >= limits.error_share and ratio >= limits.error_ratio:
-        return "ERROR"
-    if share.p_value < limits.warn_p and size >= limits.warn_share and ratio >= limits.warn_ratio:
-        return "WARN"
-    return None
+    return _answer(SHARES, standing, findings, len(found))
 
 
 def _change_level(share: CategoryShares, limits: Limits) -> Level | None:
+    if abs(share.recent_difference) <= abs(share.older_difference):
+        return None  # a difference that became smaller is what a better model does
     size = abs(share.recent_difference - share.older_difference)
     if share.change_p_value < limits.error_p and size >= limits.error_share:
         return "ERROR"
     return "WARN" if share.change_p_value < limits.warn_p and size >= limits.warn_share else None
-
-
-def _standing_finding(
-    share: CategoryShares, level: Level, name_of: Callable[[str], str], days: int
-) -> Finding:
-    return Finding(
-        question=SHARES,
-        measure="share of offers",
-        group=share.level,
-        segment=name_of(share.category_id),
-        level=level,
-        value=share.predicted,
-        usual=share.actual,
-        usual_low=share.predicted - share.high,
-        usual_high=share.predicted - share.low,
-        effect=share.difference,
-        p_value=share.p_value,
-        days=days,
-        sentence=f"{name_of(share.category_id)}: {share.predicted:.1%} of predictions, {share.actual:.1%} as "
-        f"people decide ({share.difference * 100:+.1f} points, {share.low * 100:+.1f} to "
-        f"{share.high * 100:+.1f}): {share.verdict}",
-    )
 
 
 def _change_finding(share: CategoryShares, level: Level, name_of: Callable[[str], str], days: int) -> Finding:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from ml.quality.corrections import CORRECTIONS_FILE, NEWEST
+from ml.quality.corrections import CORRECTIONS_FILE, DELIVERIES_FILE, NEWEST
 from ml.taxonomy import Taxonomy
 from ml.taxonomy_change.transitions import Transition, Transitions, most_likely_moves
 
@@ -60,6 +61,24 @@ class Unmatched:
 
 
 @dataclass(frozen=True)
+class DecidedDay:
+    """Decisions that count, of one day."""
+
+    decisions: int
+    unknown: int
+    """About offers that no catalogued day has."""
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """Files of the feed that were first seen on one day."""
+
+    loaded_on: str
+    decided_until: str
+    """ISO date of their newest decision; empty without a good one."""
+
+
+@dataclass(frozen=True)
 class Comparison:
     """What :func:`compare` found."""
 
@@ -70,6 +89,10 @@ class Comparison:
     unmatched: Unmatched = field(default_factory=Unmatched)
     labels_until: str = ""
     """ISO date of the newest decision, whatever it is about; empty without one."""
+    decided: dict[str, DecidedDay] = field(default_factory=dict)
+    """By ISO date of the decision, in order; of all time, also before the first catalogued day."""
+    deliveries: tuple[Delivery, ...] = ()
+    """In order."""
 
 
 def compare(
@@ -99,13 +122,15 @@ def compare(
         counts = database.execute("""
             SELECT day, taxonomy_version, coalesce(category_id, ''), count(*) FROM catalogued GROUP BY ALL
             ORDER BY ALL""").fetchall()
-        unmatched = _unmatched(database, min(days, default=newest_day), len(found))
+        decided = _decided(database)
+    unmatched = _unmatched(decided, min(days, default=newest_day), len(found))
     force = _InForce(taxonomy, transitions)
     traffic: dict[str, dict[str, int]] = {day: {} for day in days}
     for day, version, category, offers in counts:
         today = force.category(version, category)
         traffic[day][today] = traffic[day].get(today, 0) + offers
-    return Comparison(force.complete(found), traffic, unmatched, until or "")
+    deliveries = _deliveries(context.input("corrections") / DELIVERIES_FILE)
+    return Comparison(force.complete(found), traffic, unmatched, until or "", decided, deliveries)
 
 
 def _see(database: duckdb.DuckDBPyConnection, context: StageContext, days: Mapping[str, Path]) -> None:
@@ -139,15 +164,28 @@ def _see(database: duckdb.DuckDBPyConnection, context: StageContext, days: Mappi
     database.execute(f"CREATE TEMP VIEW place AS {' UNION ALL '.join(places or [no_places])}")
 
 
-def _unmatched(database: duckdb.DuckDBPyConnection, first_day: str, compared: int) -> Unmatched:
-    decisions, before = database.execute(
-        "SELECT count(*), count(*) FILTER (decided_on < ?) FROM decision", [first_day]
-    ).fetchall()[0]
-    ((unknown,),) = database.execute(
-        "SELECT count(*) FROM decision ANTI JOIN catalogued USING (offer_id) WHERE decided_on >= ?",
-        [first_day],
-    ).fetchall()
+def _decided(database: duckdb.DuckDBPyConnection) -> dict[str, DecidedDay]:
+    unknown = dict(
+        database.execute(
+            "SELECT decided_on, count(*) FROM decision ANTI JOIN catalogued USING (offer_id) GROUP BY ALL"
+        ).fetchall()
+    )
+    every = database.execute("SELECT decided_on, count(*) FROM decision GROUP BY ALL ORDER BY ALL").fetchall()
+    return {day: DecidedDay(decisions, unknown.get(day, 0)) for day, decisions in every}
+
+
+def _unmatched(decided: Mapping[str, DecidedDay], first_day: str, compared: int) -> Unmatched:
+    before = sum(day.decisions for date, day in decided.items() if date < first_day)
+    unknown = sum(day.unknown for date, day in decided.items() if date >= first_day)
+    decisions = sum(day.decisions for day in decided.values())
     return Unmatched(before=before, too_early=decisions - before - unknown - compared, unknown=unknown)
+
+
+def _deliveries(file: Path) -> tuple[Delivery, ...]:
+    return tuple(
+        Delivery(loaded_on=row["loaded_on"], decided_until=row["decided_until"] or "")
+        for row in pq.read_table(file, columns=["loaded_on", "decided_until"]).to_pylist()
+    )
 
 
 class _InForce:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 CORRECTIONS_FILE = "corrections.parquet"
 QUARANTINE_FILE = "quarantine.parquet"
+DELIVERIES_FILE = "deliveries.parquet"
 
 COLUMNS = {
     "offer_id": "Offer of the feed that somebody looked at.",
@@ -53,6 +54,16 @@ _COLUMN_TYPES: dict[str, pa.DataType] = {
 }
 CORRECTIONS_SCHEMA = pa.schema(_COLUMN_TYPES)
 
+_DELIVERY_TYPES: dict[str, pa.DataType] = {
+    "loaded_on": pa.string(),  # ISO date on which its files were first seen
+    "rows": pa.int64(),
+    "quarantined": pa.int64(),
+    "at_fault": pa.int64(),  # of the quarantined: what is wrong is the feed's fault
+    "decided_until": pa.string(),  # ISO date of the newest good decision; null without one
+}
+DELIVERIES_SCHEMA = pa.schema(_DELIVERY_TYPES)
+"""One row per day on which files came, in order."""
+
 REASONS = {
     "malformed_row": "the line could not be split into values; no other reason is looked for",
     "invalid_encoding": "bytes that are not UTF-8",
@@ -73,6 +84,10 @@ NOBODYS_FAULT = "uncertain_category"
 _FUTURE_SLACK_DAYS = 1
 """A decision is dated by the clock and the time zone of whoever made it."""
 
+_RECENT_DAYS = 7
+"""Files that came within so many days of the newest are judged: in all rows of all time a feed that breaks
+today would not be seen for months."""
+
 _MEMORY_LIMIT = "1GB"
 _RAW_FILE = "raw.parquet"
 _ROW_GROUP_ROWS = 65_536
@@ -82,6 +97,8 @@ _RAW_SCHEMA = LAYOUT.schema.append(pa.field("loaded_on", pa.string()))
 
 def write_corrections(context: StageContext, parameters: CorrectionsParameters) -> dict[str, Any]:
     """Stage ``corrections``: ``corrections.parquet`` and ``quarantine.parquet``, from all files of the feed.
+
+    ``deliveries.parquet`` says what came when.
 
     Decisions in a category of an earlier taxonomy are brought to the one in force where that move is certain.
     Of several decisions on an offer the newest counts; the others stay in the table, marked. Of decisions of
@@ -106,7 +123,7 @@ def write_corrections(context: StageContext, parameters: CorrectionsParameters) 
         _say_where_categories_go(database, Taxonomy.load(context.input("catalog_taxonomy")), transitions)
         _judge(database)
         _write_tables(database, context.output)
-        counts = _counts(database)
+        counts = _counts(database) | _recent_counts(_write_deliveries(database, context.output))
     if counts["rows"] != counts["corrections"] + counts["quarantined"]:
         raise RuntimeError(f"corrections were lost or invented: {counts}")
     context.progress.say(
@@ -256,6 +273,30 @@ def _write_tables(database: duckdb.DuckDBPyConnection, output: Path) -> None:
         "FROM raw JOIN judged ON file_row_number = row WHERE reason IS NOT NULL ORDER BY row",
         output / QUARANTINE_FILE,
     )
+
+
+def _write_deliveries(database: duckdb.DuckDBPyConnection, output: Path) -> list[dict[str, Any]]:
+    rows = database.execute(f"""
+        SELECT loaded_on, count(*), count(reason), count(*) FILTER (reason <> '{NOBODYS_FAULT}'),
+            strftime(max(judged.moment) FILTER (reason IS NULL), '%Y-%m-%d')
+        FROM judged JOIN delivered USING (row) GROUP BY loaded_on ORDER BY loaded_on""").fetchall()
+    deliveries = [dict(zip(DELIVERIES_SCHEMA.names, row, strict=True)) for row in rows]
+    pq.write_table(pa.Table.from_pylist(deliveries, DELIVERIES_SCHEMA), output / DELIVERIES_FILE)
+    return deliveries
+
+
+def _recent_counts(deliveries: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of the files that came last."""
+    if not deliveries:
+        return {"recent_since": "", "recent_rows": 0, "recent_quarantined_by_fault_of_the_feed": 0}
+    newest = datetime.date.fromisoformat(deliveries[-1]["loaded_on"])
+    since = (newest - datetime.timedelta(days=_RECENT_DAYS - 1)).isoformat()
+    recent = [delivery for delivery in deliveries if delivery["loaded_on"] >= since]
+    return {
+        "recent_since": recent[0]["loaded_on"],
+        "recent_rows": sum(delivery["rows"] for delivery in recent),
+        "recent_quarantined_by_fault_of_the_feed": sum(delivery["at_fault"] for delivery in recent),
+    }
 
 
 def _copy(database: duckdb.DuckDBPyConnection, query: str, path: Path) -> None:

@@ -2,14 +2,15 @@
 
 Labels come late and are chosen by people. So every figure says how many labels it rests on and how many are
 still expected, young days are compared with older ones at equal age of the labels only, and shares are
-weighted to the mix of all offers. The questions are answered in :mod:`ml.quality.answers`.
+weighted to the mix of all offers. The questions about the model are answered in :mod:`ml.quality.answers`,
+those about the feed in :mod:`ml.quality.feed`.
 """
 
 from __future__ import annotations
 
 import datetime
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,8 @@ from ml.quality.answers import (
     shares_answer,
 )
 from ml.quality.compared import COMPARED_SCHEMA, Comparison, Unmatched, compare
-from ml.quality.questions import LIMITS
+from ml.quality.feed import about_catalogued, keep_coming
+from ml.quality.questions import AGREEMENT, CATALOGUED, COMING, LIMITS, SHARES
 from ml.quality.statistics import Floats, arrival_curve, arrived_at, spread_between_days
 from ml.stages import LiveQualityParameters
 from ml.taxonomy import Taxonomy
@@ -48,6 +50,15 @@ GROUPS_FILE = "groups.parquet"
 SHARES_FILE = "shares.parquet"
 ACCURACY_PLOT = "accuracy.png"
 SHARES_PLOT = "shares.png"
+DECISIONS_PLOT = "decisions.png"
+PAGE_FILE = "report.html"
+
+_PLOT_OF = {
+    AGREEMENT: ACCURACY_PLOT,
+    SHARES: SHARES_PLOT,
+    COMING: DECISIONS_PLOT,
+    CATALOGUED: DECISIONS_PLOT,
+}
 
 _GROUPS = (("country", "country"), ("department", "predicted_top"), ("model version", "model_version"))
 
@@ -63,6 +74,8 @@ class DayQuality(msgspec.Struct, frozen=True, kw_only=True):
     completeness: float
     """Expected share of its labels that have come by that age."""
     too_young: bool
+    recent: bool
+    """Whether it is one of the days that are judged."""
     right: float
     low: float
     high: float
@@ -118,6 +131,10 @@ class QualityReport(msgspec.Struct, frozen=True, kw_only=True):
     """The same as :attr:`right` in today's taxonomy, where old answers are the most likely successors."""
     promised: float
     """Mean confidence of the same offers: what the model promised, by its calibration at release."""
+    judged_model: str
+    """Model version whose newest days are judged; empty without any."""
+    may_be_unknown: bool
+    """Whether it is no news that the questions about the model have no answer."""
     delays: Delays
     days: list[DayQuality]
     groups: list[GroupQuality]
@@ -126,7 +143,7 @@ class QualityReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def write_live_quality(context: StageContext, parameters: LiveQualityParameters) -> dict[str, Any]:
-    """Stage ``live_quality``: ``quality.json``, its tables and two plots.
+    """Stage ``live_quality``: ``quality.json``, its tables, its plots and a page of all of it.
 
     Without a correction, or without a catalogued day, the answers are UNKNOWN and say why.
     """
@@ -152,11 +169,15 @@ def write_live_quality(context: StageContext, parameters: LiveQualityParameters)
     answers = [
         agreement(periods, department_of, name_of),
         shares_answer(shares, periods, judged, name_of),
+        keep_coming(found.decided, found.deliveries, parameters.newest_day),
+        about_catalogued(found.decided, min(found.traffic, default=parameters.newest_day)),
     ]
     report = _report(
         parameters.newest_day, found, judged, periods, ages, curve, department_of, name_of, answers
     )
-    _write(context.output, report, found, shares, name_of)
+    pictures = _pictures(report, found, shares, name_of)
+    report = msgspec.structs.replace(report, answers=[_shown(answer, pictures) for answer in answers])
+    _write(context.output, report, found, shares, name_of, pictures)
     context.progress.say(report.sentence)
     return _metrics(report)
 
@@ -164,6 +185,30 @@ def write_live_quality(context: StageContext, parameters: LiveQualityParameters)
 def read_quality_report(folder: Path) -> QualityReport:
     """What a ``live_quality`` says."""
     return msgspec.json.decode((folder / REPORT_FILE).read_bytes(), type=QualityReport)
+
+
+def _pictures(
+    report: QualityReport,
+    found: Comparison,
+    shares: Sequence[CategoryShares],
+    name_of: Callable[[str], str],
+) -> dict[str, bytes]:
+    """The plots that there is something to draw for, by file name."""
+    from ml.quality.plots import accuracy_plot, decisions_plot, shares_plot
+
+    pictures = {}
+    if any(day.labels for day in report.days):
+        pictures[ACCURACY_PLOT] = accuracy_plot(report.days)
+    if shares:
+        pictures[SHARES_PLOT] = shares_plot(shares, name_of)
+    if found.decided:
+        pictures[DECISIONS_PLOT] = decisions_plot(found.decided, report.newest_day)
+    return pictures
+
+
+def _shown(answer: Answer, pictures: Mapping[str, bytes]) -> Answer:
+    plot = _PLOT_OF[answer.question]
+    return msgspec.structs.replace(answer, picture=plot if plot in pictures else "")
 
 
 def _ages(found: Comparison) -> dict[str, int]:
@@ -214,12 +259,31 @@ def _report(
         weighted_high=weighted_high,
         right_in_force=_mean(judged.table["right_in_force"]),
         promised=_mean(judged.table["confidence"]),
+        judged_model=_model_of(periods.recent.table),
+        may_be_unknown=_may_be_unknown(found, newest_day),
         delays=_delays(found.labels, curve),
         days=days,
         groups=_group_qualities(judged, spread, name_of),
         answers=answers,
         sentence=_sentence(found, judged, right, (low, high), days),
     )
+
+
+def _model_of(labels: pd.DataFrame) -> str:
+    return str(labels["model_version"].mode().iloc[0]) if len(labels) else ""
+
+
+def _may_be_unknown(found: Comparison, newest_day: str) -> bool:
+    """Whether it is no news that nothing can be said of the model.
+
+    So it is without any label, while the feed is young, and where people report mistakes only. Otherwise the
+    labels were enough once, or should be by now.
+    """
+    if found.labels.empty or found.labels["right"].mean() < LIMITS.least_confirmed:
+        return True
+    decided_on = pd.to_datetime(found.labels["day"]) + pd.to_timedelta(found.labels["delay_days"], unit="D")
+    first: pd.Timestamp = decided_on.min()
+    return (datetime.date.fromisoformat(newest_day) - first.date()).days < LIMITS.settling_days
 
 
 def _day_quality(
@@ -235,6 +299,7 @@ def _day_quality(
         age_days=ages[day],
         completeness=arrived_at(curve, ages[day]),
         too_young=arrived_at(curve, ages[day]) < LIMITS.least_completeness,
+        recent=day in periods.recent_days,
         right=right,
         low=low,
         high=high,
@@ -287,10 +352,16 @@ def _sentence(
             f"(95 % interval {ends[0]:.1%} to {ends[1]:.1%}); labels until {found.labels_until}"
         )
     if found.labels_until and (young := [day.day for day in days if day.too_young]):
-        parts.append(f"too young to judge: {', '.join(young)}")
+        parts.append(_young_in_words(young))
     if missed := _unmatched_in_words(found.unmatched):
         parts.append(missed)
     return "; ".join(parts)
+
+
+def _young_in_words(days: list[str]) -> str:
+    if len(days) == 1:
+        return f"{days[0]} is too young to judge"
+    return f"{len(days):,} days are too young to judge ({min(days)} to {max(days)})"
 
 
 def _unmatched_in_words(unmatched: Unmatched) -> str:
@@ -309,8 +380,9 @@ def _write(
     found: Comparison,
     shares: list[CategoryShares],
     name_of: Callable[[str], str],
+    pictures: Mapping[str, bytes],
 ) -> None:
-    from ml.quality.plots import accuracy_plot, shares_plot
+    from ml.quality.page import page
 
     (output / REPORT_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
     compared = pa.Table.from_pandas(found.labels, COMPARED_SCHEMA, preserve_index=False)
@@ -320,10 +392,9 @@ def _write(
         output / GROUPS_FILE, [msgspec.structs.asdict(group) for group in report.groups], GroupQuality
     )
     pq.write_table(_shares_table(shares, name_of), output / SHARES_FILE)
-    if any(day.labels for day in report.days):
-        (output / ACCURACY_PLOT).write_bytes(accuracy_plot(report.days))
-    if shares:
-        (output / SHARES_PLOT).write_bytes(shares_plot(shares, name_of))
+    for name, png in pictures.items():
+        (output / name).write_bytes(png)
+    (output / PAGE_FILE).write_text(page(report, shares, name_of, pictures), encoding="utf-8")
 
 
 _ARROW_TYPES: dict[Any, pa.DataType] = {
@@ -372,6 +443,9 @@ def _metrics(report: QualityReport) -> dict[str, Any]:
         "days": len(report.days),
         "days_too_young": sum(day.too_young for day in report.days),
         "labels_until": report.labels_until,
+        "judged_from": min((day.day for day in report.days if day.recent), default=""),
+        "judged_until": max((day.day for day in report.days if day.recent), default=""),
+        "judged_model": report.judged_model,
         "right": report.right,
         "right_weighted": report.right_weighted,
         "right_in_force": report.right_in_force,

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import datetime
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from ml.quality.answers import CategoryShares
+    from ml.quality.compared import DecidedDay
     from ml.quality.live import DayQuality
 
 _BLUE, _ORANGE, _GREY, _INK = "#2563eb", "#ea580c", "#cbd5e1", "#334155"
 _MOST_CATEGORIES = 20
 _LONGEST_NAME = 45
 _MOST_DAY_NAMES = 14
+_MOST_DECISION_DAYS = 90
 
 
 def accuracy_plot(days: Sequence[DayQuality]) -> bytes:
@@ -56,17 +60,39 @@ def accuracy_plot(days: Sequence[DayQuality]) -> bytes:
         if len(days) <= _MOST_DAY_NAMES:
             lower.text(place, 0.05, f"{day.labels:,}", ha="center", fontsize=6, color=_INK)
     lower.set(ylabel="labels come", ylim=(0, 1.05))
-    step = -(-len(days) // _MOST_DAY_NAMES)
-    lower.set_xticks(list(places)[::step], [day.day[5:] for day in days][::step], fontsize=7)
+    _name_days(lower, [day.day for day in days])
+    return _png(figure)
+
+
+def decisions_plot(decided: Mapping[str, DecidedDay], newest_day: str) -> bytes:
+    """Decisions of each day up to the newest catalogued one, and how many are about offers nobody knows."""
+    last = datetime.date.fromisoformat(max(newest_day, *decided))
+    first = max(
+        datetime.date.fromisoformat(min(decided)), last - datetime.timedelta(days=_MOST_DECISION_DAYS - 1)
+    )
+    days = [(first + datetime.timedelta(days=n)).isoformat() for n in range((last - first).days + 1)]
+    unknown = [decided[day].unknown if day in decided else 0 for day in days]
+    known = [decided[day].decisions - decided[day].unknown if day in decided else 0 for day in days]
+    figure = _figure(2.8)
+    axes = figure.subplots()
+    axes.bar(range(len(days)), known, color=_BLUE, label="about catalogued offers")
+    axes.bar(range(len(days)), unknown, bottom=known, color=_ORANGE, label="about others")
+    axes.set_ylabel("decisions", fontsize=8)
+    axes.set_title("Decisions of people, by day they were made", fontsize=10, color=_INK)
+    axes.legend(fontsize=7, edgecolor="none")
+    _name_days(axes, days)
     return _png(figure)
 
 
 def shares_plot(shares: Sequence[CategoryShares], name_of: Callable[[str], str]) -> bytes:
-    """Predicted against actual share: departments, then the categories that differ most, with intervals."""
+    """Predicted against actual share, and their difference before and now.
+
+    Departments, then the categories that differ most, with intervals.
+    """
     ordered = sorted(shares, key=lambda share: (share.level == "category", -abs(share.difference)))
     shown = ordered[:_MOST_CATEGORIES][::-1]
     figure = _figure(1.3 + 0.27 * len(shown))
-    axes = figure.subplots()
+    axes, changes = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     places = range(len(shown))
     axes.barh(
         [place + 0.2 for place in places], [s.predicted for s in shown], 0.38, color=_BLUE, label="predicted"
@@ -85,10 +111,23 @@ def shares_plot(shares: Sequence[CategoryShares], name_of: Callable[[str], str])
     )
     names = [f"{'' if s.level == 'department' else '· '}{_shortened(name_of(s.category_id))}" for s in shown]
     axes.set_yticks(places, names, fontsize=7)
-    axes.set_xlabel("share of offers (weighted to all offers; 95 % interval of the difference)", fontsize=8)
+    axes.set_xlabel("share of offers, all days (95 % interval of the difference)", fontsize=8)
     axes.set_xlim(0, None)
     axes.legend(fontsize=7, edgecolor="none")
+    changes.axvline(0, color=_GREY, linewidth=0.8)
+    changes.plot([s.older_difference for s in shown], places, "|", color=_ORANGE, label="days before")
+    changes.plot(
+        [s.recent_difference for s in shown], places, "o", markersize=3, color=_BLUE, label="newest days"
+    )
+    changes.locator_params(axis="x", nbins=5)
+    changes.set_xlabel("predicted less decided", fontsize=8)
+    changes.legend(fontsize=7, edgecolor="none")
     return _png(figure)
+
+
+def _name_days(axes: Axes, days: Sequence[str]) -> None:
+    step = -(-len(days) // _MOST_DAY_NAMES)
+    axes.set_xticks(list(range(len(days)))[::step], [day[5:] for day in days][::step], fontsize=7)
 
 
 def _figure(height: float) -> Figure:

@@ -36,6 +36,7 @@ SECRET = "a-secret-of-the-receiver"
 LOCATION = Path(__file__).with_name("incident_location.py")
 ROUTES = """
 seconds_between_messages = 1
+gather_seconds = 0
 
 [channels.hook]
 type = "webhook"

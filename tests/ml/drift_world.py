@@ -275,7 +275,8 @@ def answers_of(
 ) -> dict[str, Judgement]:
     """What is said of a day, by question; without the stage around it."""
     totals = totals_for(folder, day, rows, complete)
-    return judge(day, frame.series(day, rows, totals), frame.reference_series())
+    series = frame.series(day, rows, totals)
+    return judge(day, series, frame.reference_series(series))
 
 
 def failed(answers: Mapping[str, Judgement]) -> set[str]:

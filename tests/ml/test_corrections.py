@@ -187,6 +187,24 @@ def test_of_decisions_of_one_instant_that_contradict_each_other_none_counts(worl
     assert metrics["contradiction"] == 2
 
 
+def test_deliveries_are_told_apart_and_the_newest_week_is_counted_by_itself(world):
+    files = [
+        world.file(HEADER + "o1,a,2026-11-01\no2,a,2026-11-02\n", "1.csv", "2026-11-03"),
+        world.file(HEADER + "o3,nowhere,2026-11-08\no4,torn,2026-11-08\n", "2.csv", "2026-11-09"),
+        world.file(HEADER + "o5,a,2026-11-10\n,a,2026-11-10\n", "3.csv", "2026-11-15"),
+    ]
+    _, _, metrics = world.run(*files)
+    table = pq.read_table(world.folder / "output1" / "deliveries.parquet").to_pylist()
+    assert [tuple(row.values()) for row in table] == [
+        ("2026-11-03", 2, 0, 0, "2026-11-02"),
+        ("2026-11-09", 2, 2, 1, None),
+        ("2026-11-15", 2, 1, 1, "2026-11-10"),
+    ]
+    assert (metrics["rows"], metrics["quarantined_by_fault_of_the_feed"]) == (6, 2)
+    assert (metrics["recent_since"], metrics["recent_rows"]) == ("2026-11-09", 4)
+    assert metrics["recent_quarantined_by_fault_of_the_feed"] == 2
+
+
 def test_a_broken_file_is_named_and_stops_no_other(world):
     broken = world.file(b"PAR1 and no more", "b.parquet")
     rows, _, metrics = world.run(

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -22,11 +23,16 @@ from ml.drift.questions import (
     LANGUAGES,
     PREDICTED_CATEGORIES,
     PRICE_OVER_USUAL,
+    PRICED,
     PRICES,
     QUESTIONS,
+    RARITY,
     SHOP_MIX,
+    SHOPS,
     SURENESS,
     TAXONOMY_IN_FORCE,
+    UNDAMAGED,
+    UNKNOWN_UNTIL_THE_DAY_IS_OVER,
     VOLUME,
     WORDING,
 )
@@ -43,15 +49,20 @@ from tests.ml.drift_world import (
     totals_for,
 )
 
+ANOTHER_LANGUAGE = "that fit another language better than the declared one"
 REFERENCE_DAYS = days_before(14)
 OFFERS = 1_200
 """Of a day of the reference, and of the day that is held against it."""
 
 
+def reference_day(day):
+    return offers_of(OFFERS, 100 + REFERENCE_DAYS.index(day))
+
+
 @pytest.fixture(scope="module")
 def frame(tmp_path_factory):
     folder = tmp_path_factory.mktemp("days")
-    days = {day: offers_of(OFFERS, 100 + place) for place, day in enumerate(REFERENCE_DAYS)}
+    days = {day: reference_day(day) for day in REFERENCE_DAYS}
     return Frame.fit({day: (rows, totals_for(folder, day, rows)) for day, rows in days.items()})
 
 
@@ -73,8 +84,26 @@ def test_the_sample_of_a_small_normal_day_is_usual(answers, seed):
     assert failed(answers(offers_of(150, seed))) == {VOLUME}
 
 
-def test_a_day_of_the_reference_is_usual(answers):
-    assert failed(answers(offers_of(OFFERS, 105))) == set()
+def test_a_day_of_the_reference_is_looked_at_through_the_other_days_alone(frame, tmp_path):
+    day, others = REFERENCE_DAYS[5], [on for on in REFERENCE_DAYS if on != REFERENCE_DAYS[5]]
+    of_others = Frame.fit(
+        {on: (rows, totals_for(tmp_path, on, rows)) for on in others for rows in [reference_day(on)]}
+    )
+    without = frame.without(day)
+    rows = reference_day(day)
+    totals = totals_for(tmp_path, day, rows)
+    assert without.reference_days == others
+    assert without.reference_series().equals(of_others.reference_series())
+    assert without.series(day, rows, totals).equals(of_others.series(day, rows, totals))
+    assert failed(answers_of(without, tmp_path, rows, day)) == set()
+
+
+def test_of_a_single_day_there_are_no_others(tmp_path):
+    rows, empty = offers_of(200, 1), offers_of(1, 0).iloc[:0]
+    days = dict(zip(days_before(2), (rows, empty), strict=True))
+    frame = Frame.fit({day: (of_day, totals_for(tmp_path, day, of_day)) for day, of_day in days.items()})
+    assert frame.without(days_before(2)[0]) is None
+    assert frame.without(days_before(2)[1]).reference_days == days_before(2)[:1]
 
 
 def test_a_missing_country_is_named(answers):
@@ -127,7 +156,7 @@ def test_many_small_new_shops_are_found_though_none_is_large(answers):
     rows = offers_of(OFFERS, 8)
     rows.loc[rows.index % 5 == 0, "shop_id"] = [f"new{place % 120}" for place in range(OFFERS // 5)]
     judged = answers(rows)
-    assert failed(judged) == {SHOP_MIX}
+    assert failed(judged) == {SHOP_MIX, VOLUME}
     assert finding(judged, SHOP_MIX, measure="shop", segment=NEW).value == pytest.approx(0.2, abs=0.01)
 
 
@@ -137,6 +166,53 @@ def test_a_shop_that_leaves_changes_its_own_count_and_share(answers):
     assert {VOLUME, SHOP_MIX} <= failed(judged)
     assert finding(judged, VOLUME, group="shop shop0").value == 0
     assert finding(judged, SHOP_MIX, segment="shop0").value == 0
+
+
+def test_a_small_known_shop_that_becomes_large_is_named_with_its_usual_share(answers):
+    rows = offers_of(OFFERS, 9)
+    judged = answers(rows.assign(shop_id=rows["shop_id"].where(rows.index % 8 > 0, "shop79")))
+    found = finding(judged, SHOP_MIX, segment="shop79")
+    assert found.level == "ERROR"
+    assert found.usual == pytest.approx(1 / 79 / 4.97, rel=0.5)
+
+
+def test_a_country_that_comes_up_is_named(answers):
+    rows = offers_of(OFFERS, 9)
+    judged = answers(rows.assign(country=rows["country"].where(rows.index % 10 > 0, "SE")))
+    found = finding(judged, VOLUME, group="country SE")
+    assert (found.level, found.usual < 1) == ("ERROR", True)
+
+
+def test_a_third_of_many_small_shops_that_are_silent_is_found_though_none_is_large(tmp_path):
+    def day_of(seed, shops=3_000):
+        rows = offers_of(OFFERS * 5, seed)
+        return rows.assign(shop_id=[f"s{(place * 7 + seed) % shops}" for place in rows.index])
+
+    days = {day: day_of(place) for place, day in enumerate(days_before(14))}
+    of_small = Frame.fit(
+        {day: (rows[:OFFERS], totals_for(tmp_path, day, rows)) for day, rows in days.items()}
+    )
+    assert of_small.large_shops == []
+    judged = answers_of(of_small, tmp_path, day_of(20, shops=2_000))
+    found = finding(judged, VOLUME, measure=SHOPS)
+    assert (found.level, found.value) == ("ERROR", 2_000)
+    assert answers_of(of_small, tmp_path, day_of(21))[VOLUME].level == "OK"
+
+
+def test_a_model_that_answers_with_a_few_of_many_categories_is_found_though_none_is_large(tmp_path):
+    def day_of(seed, categories=2_000):
+        rows = offers_of(OFFERS, seed)
+        random = np.random.default_rng(seed)
+        weights = 1 / (np.arange(categories) + 300)
+        drawn = random.choice(categories, p=weights / weights.sum(), size=OFFERS)
+        return rows.assign(category_id=[f"leaf{place}" for place in drawn])
+
+    days = {day: day_of(place) for place, day in enumerate(days_before(7))}
+    of_many = Frame.fit({day: (rows, totals_for(tmp_path, day, rows)) for day, rows in days.items()})
+    usual = answers_of(of_many, tmp_path, day_of(20))
+    assert usual[PREDICTED_CATEGORIES].level == "OK"
+    judged = answers_of(of_many, tmp_path, day_of(20, categories=300))
+    assert finding(judged, PREDICTED_CATEGORIES, measure=RARITY).effect < -0.2
 
 
 def test_new_wording_is_found_by_its_words(answers):
@@ -172,11 +248,32 @@ def test_damaged_encoding_of_one_language_is_named_by_its_kind_and_country(answe
     is_damaged = rows["country"] == "DE"
     rows.loc[is_damaged, "title"] = [damage(title) for title in rows.loc[is_damaged, "title"]]
     judged = answers(rows)
-    assert judged[WORDING].level == "ERROR"
-    assert finding(judged, WORDING, segment=segment).value == pytest.approx(0.3, abs=0.05)
+    assert judged[UNDAMAGED].level == "ERROR"
+    assert finding(judged, UNDAMAGED, segment=segment).value == pytest.approx(0.3, abs=0.05)
     signs = "with signs of damaged encoding"
-    assert finding(judged, WORDING, segment=signs, group="country DE").value == 1.0
-    assert not [f for f in judged[WORDING].findings if f.segment == signs and f.group == "country FR"]
+    assert finding(judged, UNDAMAGED, segment=signs, group="country DE").value == 1.0
+    assert not [f for f in judged[UNDAMAGED].findings if f.segment == signs and f.group == "country FR"]
+
+
+def test_damaged_titles_are_no_wording_that_a_training_could_learn(answers):
+    rows = offers_of(OFFERS, 12)
+    rows.loc[rows.index % 3 == 0, "title"] += " gr\ufffdn w?rt"
+    rows.loc[rows.index % 3 == 1, "title"] = rows["title"].str[:20] + "..."
+    judged = answers(rows)
+    assert judged[UNDAMAGED].level == "ERROR"
+    assert judged[WORDING].level == "OK"
+
+
+def test_a_currency_that_no_price_is_known_in_is_found_though_nothing_is_too_high(answers):
+    rows = offers_of(OFFERS, 16)
+    judged = answers(rows.assign(currency="usd", price=rows["price"] * 100))
+    assert judged[PRICES].level == "ERROR"
+    vanished = finding(judged, PRICES, measure=f"offers with {PRICE_OVER_USUAL}", group="country DE")
+    assert "cannot be measured any more" in vanished.sentence
+    assert finding(judged, PRICES, measure="currency", group="", segment="EUR").value == 0.0
+    assert finding(judged, PRICES, measure=PRICED, group="").value == 1.0
+    in_one = answers(rows.assign(currency=rows["currency"].where(rows["country"] != "IT", "usd")))
+    assert {f.group for f in in_one[PRICES].findings if f.level == "ERROR"} >= {"country IT"}
 
 
 def test_titles_of_other_things_are_told_apart(answers):
@@ -192,8 +289,7 @@ def test_titles_in_another_language_than_declared_are_found(answers):
     is_german = rows["country"] == "DE"
     rows.loc[is_german, "title"] = np.resize(french, int(is_german.sum()))
     judged = answers(rows)
-    other = "that fit another language better than the declared one"
-    assert finding(judged, LANGUAGES, segment=other, group="country DE").value > 0.8
+    assert finding(judged, LANGUAGES, segment=ANOTHER_LANGUAGE, group="country DE").value > 0.8
 
 
 def test_a_top_level_category_that_grows_is_named_with_its_country(answers):
@@ -288,7 +384,7 @@ def test_values_that_only_one_side_has_are_found(tmp_path, side):
     frame = Frame.fit({day: (rows, totals_for(tmp_path, day, rows)) for day, rows in days.items()})
     rows = offers_of(300, 50)
     judged = answers_of(frame, tmp_path, rows if side == "reference" else emptied(rows))
-    assert judged[COMPLETENESS].level == "ERROR"
+    assert judged[COMPLETENESS].level == ("WARN" if side == "reference" else "ERROR")
     columns = {f.measure for f in judged[COMPLETENESS].findings if not f.group}
     assert {"country", "price", "currency"} <= columns
 
@@ -357,6 +453,38 @@ def test_words_shops_and_prices_are_as_new_on_a_further_day_as_on_those_of_the_r
     assert spread[1].mean() == pytest.approx(spread[0].mean(), rel=0.06)
 
 
+@pytest.mark.parametrize("days", [1, 2, 3])
+def test_titles_fit_their_language_as_well_on_a_further_day_as_on_those_of_the_reference(tmp_path, days):
+    def rows_of(seed):
+        rows = offers_of(800, seed)
+        random = np.random.default_rng(seed)
+        # Brands and the like: words of all languages, few titles each.
+        return rows.assign(
+            title=[
+                f"{title} {' '.join(f'b{code}' for code in codes)}"
+                for title, codes in zip(
+                    rows["title"].str.split().str[0],
+                    random.integers(0, 300, size=(len(rows), 6)),
+                    strict=True,
+                )
+            ]
+        )
+
+    reference = {day: rows_of(place) for place, day in enumerate(days_before(days))}
+    frame = Frame.fit({day: (rows, totals_for(tmp_path, day, rows)) for day, rows in reference.items()})
+    further = pd.concat(
+        frame.series(day, rows, totals_for(tmp_path, day, rows)).to_pandas()
+        for day, rows in ((f"2026-04-{place + 1:02d}", rows_of(500 + place)) for place in range(6))
+    )
+    one, other = (
+        table.loc[(table["segment"] == ANOTHER_LANGUAGE) & (table["group"] == ""), "value"].mean()
+        for table in (frame.reference_series().to_pandas(), further)
+    )
+    # Of so few titles many seem to fit another language; learned from one day more, far fewer would.
+    assert one > 0.02
+    assert other == pytest.approx(one, rel=0.2)
+
+
 @given(st.integers(0, 10_000), st.sampled_from([1, 2, 4]), st.integers(20, 60))
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_frame_that_was_saved_measures_as_before(tmp_path_factory, seed, days, offers):
@@ -373,6 +501,10 @@ def test_a_frame_that_was_saved_measures_as_before(tmp_path_factory, seed, days,
     assert loaded.reference_series().equals(frame.reference_series())
     assert loaded.columns(rows).equals(frame.columns(rows))
     assert loaded.reference_days == list(reference)
+    if days > 1:
+        day = days_before(1)[0]
+        one, other = (known.without(day).series(day, reference[day], totals) for known in (loaded, frame))
+        assert one.equals(other)
 
 
 def test_every_share_is_a_share_and_segments_of_all_offers_add_up(frame, tmp_path):
@@ -418,7 +550,7 @@ def reference(world):
 
 def test_a_normal_day_is_reported_in_words_numbers_and_a_page(world, reference):
     folder, report, metrics = world.report(reference, offers_of(600, 31), quarantined=["invalid_price"])
-    assert report.sentence.startswith(f"Nothing unusual on {TODAY} by 10 of 10 questions (600 offers against")
+    assert report.sentence.startswith(f"Nothing unusual on {TODAY} by 11 of 11 questions (600 offers against")
     assert [answer.question for answer in report.answers] == [question.name for question in QUESTIONS]
     assert {answer.sentence[:8] for answer in report.answers} == {"as usual"}
     assert (report.offers, report.offers_looked_at, report.reference_days) == (600, 600, 7)
@@ -486,6 +618,51 @@ def test_a_slow_drift_is_found_over_the_days_before(world, reference):
     assert "over 4 days" in found.sentence
 
 
+def test_a_day_of_the_reference_is_held_against_the_other_days(world, reference):
+    days = days_before(7)
+    rows = {day: offers_of(600, 200 + place) for place, day in enumerate(days)}
+    first, _, _ = world.report(reference, rows[days[0]], day=days[0])
+    _, report, metrics = world.report(reference, rows[days[1]], day=days[1], earlier={days[0]: first})
+    assert metrics["failed"] == metrics["unknown"] == 0
+    assert metrics["reference_days"] == 6
+    assert "600 offers against 6 other days of 3,600 offers looked at" in report.sentence
+
+
+def test_a_day_of_the_reference_that_was_delivered_anew_and_differs_is_found(world, reference):
+    day, rows = days_before(3)[0], offers_of(600, 45)
+    _, report, _ = world.report(reference, rows.assign(price=rows["price"] * 3), day=day)
+    assert {answer.question: answer.level for answer in report.answers}[PRICES] == "ERROR"
+
+
+def test_earlier_days_that_are_of_the_reference_do_not_count_once_more(world, reference):
+    # As in the slow drift above; but these days, however often they are replayed, are what is usual.
+    def rows_of(seed):
+        rows = offers_of(600, seed)
+        return rows.assign(fast_category_id=rows["fast_category_id"].where(rows.index % 20 > 0, "c39"))
+
+    earlier = {}
+    for place, day in enumerate(days_before(3)):
+        earlier[day], _, _ = world.report(reference, rows_of(300 + place), day=day)
+    _, report, _ = world.report(reference, rows_of(390), earlier=earlier)
+    assert {answer.question: answer.level for answer in report.answers}[AGREEMENT] == "OK"
+
+
+def test_the_only_day_of_a_reference_cannot_be_held_against_itself(world):
+    (day,) = days_before(1)
+    rows = offers_of(400, 46)
+    reference, _ = world.reference({day: rows}, name="single")
+    folder, report, metrics = world.report(reference, rows, day=day)
+    levels = {answer.question: answer.level for answer in report.answers}
+    assert levels.pop(TAXONOMY_IN_FORCE) == "OK"
+    assert set(levels.values()) == {"UNKNOWN"}
+    assert (metrics["failed"], metrics["unknown"]) == (0, len(QUESTIONS) - 1)
+    assert report.answers[0].sentence == (
+        f"{day} is all of the reference: there is no other day to hold it against"
+    )
+    assert report.columns == []
+    assert "400 offers against 0 of the reference" in (folder / "report.html").read_text(encoding="utf-8")
+
+
 def test_earlier_days_of_another_reference_are_refused(world, reference):
     days = {day: offers_of(300, 900 + place) for place, day in enumerate(days_before(2))}
     other, _ = world.reference(days, name="other")
@@ -515,7 +692,34 @@ def test_a_day_that_is_not_over_says_why_its_volume_is_not_known(world, referenc
     _, report, _ = world.report(reference, offers_of(300, 37), complete=False)
     volume = next(answer for answer in report.answers if answer.question == VOLUME)
     assert (volume.level, volume.sentence) == ("UNKNOWN", "the day is not over")
-    assert report.sentence.endswith("1 not answered).")
+    assert report.sentence.endswith(f"{len(UNKNOWN_UNTIL_THE_DAY_IS_OVER)} not answered).")
+
+
+def test_half_of_the_shops_of_a_day_that_is_not_over_are_no_drift(world, reference):
+    rows = offers_of(600, 37)
+    some = rows[(rows["country"] != "FR") & (rows["shop_id"].str[-1] < "5")]
+    folder, report, metrics = world.report(reference, some, complete=False)
+    by_name = {answer.question: answer for answer in report.answers}
+    assert metrics["failed"] == 0
+    assert {by_name[name].sentence for name in UNKNOWN_UNTIL_THE_DAY_IS_OVER} == {"the day is not over"}
+    # It is no part of the week of a later day either.
+    measured = set(pq.read_table(folder / "series.parquet")["question"].to_pylist())
+    assert measured == {question.name for question in QUESTIONS} - {*UNKNOWN_UNTIL_THE_DAY_IS_OVER}
+
+
+def test_what_no_half_of_a_sound_day_does_is_found_before_it_is_over(world, reference):
+    rows = offers_of(600, 38)
+    damaged = rows.assign(title=rows["title"].str.replace("wort", "w?rt"), brand=None)
+    _, report, _ = world.report(reference, damaged, complete=False)
+    levels = {answer.question: answer.level for answer in report.answers}
+    assert levels[UNDAMAGED] == levels[COMPLETENESS] == "ERROR"
+
+
+def test_where_nothing_can_be_measured_the_number_of_offers_is_not_blamed(world, reference):
+    rows = offers_of(600, 39)
+    _, report, _ = world.report(reference, rows.assign(title="???a?b"))
+    (answer,) = (answer for answer in report.answers if answer.question == WORDING)
+    assert answer.sentence.startswith("too few offers can be measured: 600 were looked at, against 4,200")
 
 
 def test_without_a_fast_model_the_rest_is_answered(world):

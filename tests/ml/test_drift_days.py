@@ -161,7 +161,7 @@ def test_an_episode_is_caught_on_the_first_day_of_a_fitting_error() -> None:
     caught = Answers({"prices_are_usual": "ERROR"}, {"prices_are_usual": "ERROR price over usual: …"})
     nothing, price = frozenset[str](), frozenset({"price"})
     outcome = Outcome()
-    outcome.usual[28].columns += [frozenset({"price", "brand"}), frozenset({"brand"})]
+    outcome.usual["usual", 28].columns += [frozenset({"price", "brand"}), frozenset({"brand"})]
     outcome.episodes["price_unit", "weak"] = [
         Episode([ok, other, caught], [nothing, price, price]),
         Episode([ok, ok, ok], [nothing] * 3),
@@ -182,7 +182,7 @@ def test_usual_days_are_counted_once_however_much_was_found() -> None:
         Answers({"prices_are_usual": "ERROR", "volume_is_usual": "ERROR"}, {}),
         Answers({"prices_are_usual": "OK", "volume_is_usual": "WARN"}, {}),
     ]
-    outcome = Outcome(usual={28: UsualDays(answers, [frozenset({"brand"}), frozenset("abcde")])})
+    outcome = Outcome(usual={("usual", 28): UsualDays(answers, [frozenset({"brand"}), frozenset("abcde")])})
 
     (row,) = usual_rows(outcome)
 

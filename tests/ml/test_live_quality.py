@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import html
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ import pytest
 from ml.artifacts import short_version
 from ml.offers import CLEAN_SCHEMA
 from ml.progress import Progress
-from ml.quality.corrections import CORRECTIONS_SCHEMA
+from ml.quality.compared import DecidedDay, Delivery
+from ml.quality.corrections import CORRECTIONS_SCHEMA, DELIVERIES_SCHEMA
+from ml.quality.feed import about_catalogued, keep_coming, usual_silence
 from ml.quality.live import QualityReport, read_quality_report, write_live_quality
-from ml.quality.questions import AGREEMENT, SHARES
+from ml.quality.questions import AGREEMENT, CATALOGUED, COMING, SHARES
 from ml.quality.statistics import (
     arrival_curve,
     holm,
@@ -49,6 +52,7 @@ class World:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.decided: list[dict[str, Any]] = []
+        self.deliveries: list[dict[str, Any]] = []
         self.days: dict[str, Path] = {}
         tops = [Category(top, None, top.upper()) for top in "ab"]
         leaves = [Category(leaf, leaf[0], leaf.upper()) for leaf in LEAVES]
@@ -119,6 +123,9 @@ class World:
         pq.write_table(
             pa.Table.from_pylist(self.decided, CORRECTIONS_SCHEMA), corrections / "corrections.parquet"
         )
+        pq.write_table(
+            pa.Table.from_pylist(self.deliveries, DELIVERIES_SCHEMA), corrections / "deliveries.parquet"
+        )
         inputs = {
             "corrections": corrections,
             "catalog_taxonomy": self.taxonomy,
@@ -147,8 +154,10 @@ def fill(
     per_day: int = 80,
     right: Callable[[int, int], float] = lambda day, delay: 0.9,
     chosen: Callable[[str], float] = lambda predicted: 1.0,
-    confused: Mapping[str, str] = {},
+    confused: Callable[[int], Mapping[str, str]] = lambda day: {},
     seed: int = 3,
+    model: Callable[[int], str] = lambda day: "m1",
+    share_labelled: Callable[[int], float] = lambda day: 0.2,
 ) -> None:
     """Days of offers whose labels take 0 to 4 days; those whose time has come by the last day are there."""
     draws = np.random.default_rng(seed)
@@ -156,15 +165,19 @@ def fill(
         predicted = {
             f"{'x' * draws.integers(1, 3)}{day}-{n}": str(draws.choice(LEAVES)) for n in range(per_day * 5)
         }
-        world.catalogue(day, predicted)
-        looked_at = [offer for offer in predicted if draws.random() < 0.2 * chosen(predicted[offer])]
+        world.catalogue(day, predicted, model=model(day))
+        looked_at = [
+            offer for offer in predicted if draws.random() < share_labelled(day) * chosen(predicted[offer])
+        ]
         for offer in looked_at:
             delay = int(min(draws.geometric(0.45) - 1, 4))
             if day + delay >= days:
                 continue
             truth = predicted[offer]
             if draws.random() >= right(day, delay):
-                truth = confused.get(truth) or str(draws.choice([leaf for leaf in LEAVES if leaf != truth]))
+                truth = confused(day).get(truth) or str(
+                    draws.choice([leaf for leaf in LEAVES if leaf != truth])
+                )
             world.decide(day + delay, offer, truth)
 
 
@@ -233,7 +246,8 @@ def test_an_old_model_is_judged_in_its_own_taxonomy_first(world):
 def test_without_any_decision_the_answer_is_unknown_and_says_why(world):
     world.catalogue(0, {"o": "a0"})
     report = world.run()
-    assert levels(report) == {AGREEMENT: "UNKNOWN", SHARES: "UNKNOWN"}
+    assert set(levels(report).values()) == {"UNKNOWN"}
+    assert report.may_be_unknown
     assert "too few to tell: 0 labels of the recent days" in sentence(report, AGREEMENT)
     assert report.sentence == "no correction has come yet"
 
@@ -255,7 +269,7 @@ def test_a_day_whose_labels_have_hardly_come_is_said_to_be_too_young(world):
     report = world.run()
     young = [day.day for day in report.days if day.too_young]
     assert young == [iso(day) for day in range(7, 12)]
-    assert f"too young to judge: {', '.join(young)}" in report.sentence
+    assert f"5 days are too young to judge ({young[0]} to {young[-1]})" in report.sentence
     assert report.days[-1].completeness == pytest.approx(1 / 40, abs=0.01)
     assert report.delays.median_days == 5
 
@@ -273,7 +287,7 @@ def test_days_as_before_are_ok_though_quick_labels_are_others_than_late_ones(wor
     """Quick labels are right 97 % of the time, late ones 60 %: young days look good, and nobody is misled."""
     fill(world, 28, right=lambda day, delay: 0.97 if delay == 0 else 0.6)
     report = world.run()
-    assert levels(report) == {AGREEMENT: "OK", SHARES: "OK"}
+    assert set(levels(report).values()) == {"OK"}
     newest = report.days[-1]
     assert newest.right - report.right > 0.1
     assert newest.usual == pytest.approx(0.97, abs=0.03)
@@ -301,20 +315,165 @@ def test_a_fall_in_one_country_is_found_there(world):
     assert not any(finding.group == "country FR" for finding in report.answers[0].findings)
 
 
-def test_a_category_that_is_predicted_too_often_is_named_with_its_shares(world):
+A0_FOR_B1 = {"a0": "b1"} | {leaf: leaf for leaf in LEAVES[1:]}
+AS_THEY_ARE = {leaf: leaf for leaf in LEAVES}
+
+
+def test_a_category_that_comes_to_be_predicted_too_often_is_named_with_its_shares(world):
     fill(
         world,
         28,
-        right=lambda day, delay: 0.6,
-        confused={"a0": "b1", "a1": "a1", "a2": "a2"} | {b: b for b in LEAVES[3:]},
+        right=lambda day, delay: 0.4,
+        confused=lambda day: A0_FOR_B1 if day >= 21 else AS_THEY_ARE,
     )
     report = world.run()
     assert levels(report)[SHARES] in ("WARN", "ERROR")
     found = {finding.segment: finding for finding in report.answers[1].findings}
     assert found["A > A0"].effect > 0.03
     assert found["B > B1"].effect < -0.03
-    assert "A > A0" in sentence(report, SHARES)
-    assert "predicted too often" in found["A > A0"].sentence
+    assert "A > A0: predicted " in sentence(report, SHARES)
+    assert "points more often than people decide, before 0.0 points" in found["A > A0"].sentence
+
+
+def test_a_model_that_is_imperfect_in_the_same_way_every_day_is_no_finding(world):
+    """``a0`` is wrong in half of its offers on every day: the table says so, and nobody is called for it."""
+    fill(world, 28, right=lambda day, delay: 0.5, confused=lambda day: A0_FOR_B1)
+    report = world.run()
+    assert levels(report)[SHARES] == "OK"
+    rows = pq.read_table(world.folder / "output" / "shares.parquet").to_pylist()
+    (row,) = [row for row in rows if row["category_id"] == "a0"]
+    assert (row["verdict"], row["difference"] > 0.05) == ("predicted too often", True)
+
+
+def test_a_model_that_is_less_one_sided_than_the_one_before_is_no_finding(world):
+    fill(
+        world,
+        28,
+        right=lambda day, delay: 0.5,
+        confused=lambda day: A0_FOR_B1 if day < 21 else AS_THEY_ARE,
+    )
+    assert levels(world.run())[SHARES] == "OK"
+
+
+# Which days are judged
+
+
+def judged(report: QualityReport) -> list[str]:
+    return [day.day for day in report.days if day.recent]
+
+
+def test_a_new_model_is_judged_on_its_own_days_as_soon_as_they_have_labels(world):
+    fill(
+        world,
+        28,
+        right=lambda day, delay: 0.9 if day < 25 else 0.6,
+        model=lambda day: "m1" if day < 25 else "m2",
+    )
+    report = world.run()
+    days = judged(report)
+    assert set(days) <= {iso(25), iso(26), iso(27)}
+    assert (report.judged_model, levels(report)[AGREEMENT]) == ("m2", "ERROR")
+    assert {name: world.metrics[name] for name in ("judged_model", "judged_from", "judged_until")} == {
+        "judged_model": "m2",
+        "judged_from": days[0],
+        "judged_until": days[-1],
+    }
+    assert [day.usual is None for day in report.days] == [True] * 25 + [False] * 3
+
+
+def test_a_new_model_with_too_few_labels_leaves_the_one_before_judged(world):
+    fill(
+        world,
+        28,
+        right=lambda day, delay: 0.9 if day < 19 else 0.6,
+        model=lambda day: "m1" if day < 26 else "m2",
+        share_labelled=lambda day: 0.2 if day < 26 else 0.02,
+    )
+    report = world.run()
+    assert judged(report) == [iso(day) for day in range(19, 26)]
+    assert (report.judged_model, levels(report)[AGREEMENT]) == ("m1", "ERROR")
+
+
+# Whether the feed lives, and knows these offers
+
+
+def test_a_feed_that_ended_is_noticed_though_its_labels_were_good(world):
+    fill(world, 20)
+    for day in range(20, 34):
+        world.catalogue(day, {f"late{day}": "a0"})
+    report = world.run()
+    assert levels(report)[COMING] == "WARN"
+    assert sentence(report, COMING) == (
+        f"the newest decision is of {iso(19)}, 14 days before the newest catalogued day ({iso(33)}); usually "
+        "one comes within 1 day"
+    )
+    assert not report.may_be_unknown
+
+
+def test_a_feed_whose_ids_became_others_is_an_error(world):
+    fill(world, 28)
+    for decision in world.decided:
+        if decision["decided_at"].date() >= FIRST + datetime.timedelta(days=21):
+            decision["offer_id"] = f"new-{decision['offer_id']}"
+    report = world.run()
+    assert levels(report)[CATALOGUED] == "ERROR"
+    assert sentence(report, CATALOGUED).startswith("100.0% of the ")
+    assert "are about offers that no catalogued day has, 0" in sentence(report, CATALOGUED)
+
+
+def test_a_feed_that_never_knew_these_offers_is_a_warning(world):
+    fill(world, 20)
+    for decision in world.decided:
+        decision["offer_id"] = f"x-{decision['offer_id']}"
+    report = world.run()
+    assert levels(report)[CATALOGUED] == "WARN"
+    assert levels(report)[AGREEMENT] == "UNKNOWN"
+
+
+def decided(days: range, decisions: int = 30, unknown: int = 3) -> dict[str, DecidedDay]:
+    return {iso(day): DecidedDay(decisions, unknown) for day in days}
+
+
+def test_a_share_of_unknown_offers_that_is_always_there_is_no_finding_and_more_is():
+    half = decided(range(7, 40), unknown=15)
+    assert about_catalogued(half, iso(0)).level == "OK"
+    assert about_catalogued(half | decided(range(36, 40), unknown=28), iso(0)).level == "WARN"
+
+
+def test_decisions_about_offers_from_before_the_first_day_say_nothing():
+    beginning = decided(range(7), unknown=30)
+    assert about_catalogued(beginning, iso(0)).level == "UNKNOWN"
+    assert about_catalogued(beginning | decided(range(7, 12)), iso(0)).level == "OK"
+
+
+def test_a_feed_that_comes_once_a_week_may_be_silent_for_a_week():
+    days = decided(range(35))
+    weekly = [Delivery(loaded_on=iso(7 * week + 1), decided_until=iso(7 * week - 1)) for week in range(1, 6)]
+    assert usual_silence(list(days), weekly) == 9
+    assert keep_coming(days, weekly, iso(34 + 16)).level == "OK"
+    assert keep_coming(days, weekly, iso(34 + 17)).level == "WARN"
+    assert keep_coming(days, [], iso(34 + 16)).level == "WARN"
+
+
+def test_one_outage_does_not_become_usual():
+    days = decided(range(20)) | decided(range(50, 60))
+    assert usual_silence(list(days), []) == 1
+
+
+def test_a_feed_of_a_few_days_is_given_time():
+    few = decided(range(2))
+    assert keep_coming(few, [], iso(29)).level == "OK"
+    assert keep_coming(few, [], iso(30)).level == "WARN"
+
+
+@pytest.mark.parametrize(("per_day", "right", "may_be"), [(1, 0.9, False), (80, 0.0, True)])
+def test_after_four_weeks_of_labels_no_answer_is_news_unless_people_report_mistakes_only(
+    world, per_day, right, may_be
+):
+    fill(world, 40, per_day=per_day, right=lambda day, delay: right)
+    report = world.run()
+    assert levels(report)[AGREEMENT] == "UNKNOWN"
+    assert report.may_be_unknown is may_be
 
 
 def test_a_biased_choice_of_offers_is_evened_out(world):
@@ -347,7 +506,20 @@ def test_tables_and_plots_are_written_and_the_same_again(world, tmp_path):
         "shares.parquet",
         "accuracy.png",
         "shares.png",
+        "decisions.png",
+        "report.html",
     }
+    assert [answer.picture for answer in report.answers] == [
+        "accuracy.png",
+        "shares.png",
+        "decisions.png",
+        "decisions.png",
+    ]
+    page = (output / "report.html").read_text()
+    assert page.count("<img alt=") == page.count("src='data:image/png;base64,") == 3
+    assert all(html.escape(answer.sentence) in page for answer in report.answers)
+    assert html.escape(report.sentence) in page
+    assert "<td>A &gt; A0</td>" in page
     assert pq.read_table(output / "days.parquet").num_rows == len(report.days) == 10
     assert {group.kind for group in report.groups} == {"country", "department", "model version"}
     for name in ("output", "checkpoints", "decided"):

@@ -3,6 +3,7 @@
 import datetime
 import functools
 import math
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -11,15 +12,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ml.drift.answers import LEVELS, SERIES_SCHEMA
+from ml.drift.frame import _SIGNS
+from ml.drift.measures import DAMAGES, NEW
 from ml.drift.questions import (
     AGREEMENT,
     COMPLETENESS,
+    DAMAGED_TITLES,
+    HARMLESS,
     LIMITS,
     PRICE_OVER_USUAL,
     PRICES,
     QUESTIONS,
     SHOP_MIX,
+    SURENESS,
     TAXONOMY_IN_FORCE,
+    UNDAMAGED,
     VOLUME,
     WORDING,
     Limits,
@@ -213,7 +220,7 @@ def test_what_never_happened_is_found_once_it_happens_often():
 def test_prices_a_hundred_times_too_high_in_one_country_are_an_error_after_any_reference(of):
     finding = first(judged(of=of, dearer={"ES": math.log(100)}), PRICES)
     assert (finding.level, finding.group, finding.days) == ("ERROR", "country ES", 1)
-    assert f"country ES: {math.exp(finding.value):.2f} times, usually " in finding.sentence
+    assert f"country ES: {math.exp(finding.value):.0f} times, usually " in finding.sentence
 
 
 @pytest.mark.parametrize("of", [1, 3, 7, 28])
@@ -234,6 +241,181 @@ def test_a_reference_of_one_day_gives_wider_ranges_than_one_of_four_weeks():
         return math.log(total["high"] / total["low"])
 
     assert width(1) > 1.5 * width(28) > 0
+
+
+@pytest.mark.parametrize("of", [14, 28])
+def test_three_fifths_of_all_offers_are_an_error_and_a_week_of_reference_warns(of):
+    all_of_them = dict.fromkeys(COUNTRIES, 0.6)
+    finding = first(judged(of=of, volume=all_of_them), VOLUME)
+    assert (finding.level, finding.group) == ("ERROR", "")
+    assert judged(of=7, volume=all_of_them)[VOLUME].level in ("WARN", "ERROR")
+
+
+def of_one_series(question, measure, segment, values, *, kind="share", group="", offers=4_000.0):
+    rows = [
+        (date(n), question, measure, group, segment, kind, value, offers, None)
+        for n, value in enumerate(values)
+    ]
+    today, before = table(rows[-1:]), table(rows[:-1])
+    return judge(date(len(rows) - 1), today, before)[question]
+
+
+# Bad days in the reference
+
+
+@pytest.mark.parametrize("bad", [1, 2, 4, 6])
+def test_an_outage_in_the_reference_does_not_make_the_next_one_usual(bad):
+    of_days = pa.concat_tables([*days(0, 28 - bad), *days(28 - bad, 28, volume={"IT": 0.0}, odd=0.5)])
+    judgements = judge(date(30), a_day(30, volume={"IT": 0.0}, odd=0.5), of_days)
+    assert first(judgements, VOLUME).group == "country IT"
+    assert judgements[VOLUME].level == judgements[WORDING].level == "ERROR"
+    assert "ERROR" not in levels(judge(date(30), a_day(30), of_days)).values()
+
+
+def test_two_outages_of_one_weekday_do_not_make_a_third_one_usual():
+    of_days = pa.concat_tables([a_day(n, volume={"IT": 0.0} if n in (2, 9) else {}) for n in range(28)])
+    assert first(judge(date(30), a_day(30, volume={"IT": 0.0}), of_days), VOLUME).group == "country IT"
+
+
+@pytest.mark.parametrize("without", [(5, 12, 19, 26), (1, 8, 14, 20), tuple(range(19, 28))])
+def test_what_comes_about_again_and_again_or_for_long_is_usual(without):
+    # Closed on Saturdays, a shop that sends now and then, one that sends no more.
+    of_days = pa.concat_tables([a_day(n, volume={"AT": 0.0} if n in without else {}) for n in range(28)])
+    assert judge(date(33), a_day(33, volume={"AT": 0.0}), of_days)[VOLUME].level == "OK"
+
+
+# Series that are there no more
+
+
+def without_prices(number, *countries):
+    rows = a_day(number).to_pylist()
+    return table(
+        [
+            tuple(row.values())
+            for row in rows
+            if row["question"] != PRICES or row["group"] not in {f"country {name}" for name in countries}
+        ]
+    )
+
+
+def test_what_can_be_measured_no_more_is_a_finding_and_not_left_out():
+    judgement = judged(today=without_prices(30, "DE", "IT"))[PRICES]
+    assert [(f.level, f.group, f.value) for f in judgement.findings] == [
+        ("ERROR", "country DE", 0.0),
+        ("ERROR", "country IT", 0.0),
+    ]
+    assert re.fullmatch(
+        r"price over usual, country DE: cannot be measured any more on any of 1,\d{3} offers, "
+        r"usually on 100\.0 % of them",
+        judgement.findings[0].sentence,
+    )
+    assert judgement.series == len(COUNTRIES)
+    assert judged(today=without_prices(30, "AT"))[PRICES].level == "WARN"
+    # Of fewer than a hundred offers nothing is said.
+    assert judged(today=without_prices(30, "CZ"))[PRICES].level == "OK"
+
+
+def test_a_question_that_was_not_asked_today_is_unknown():
+    assert judged(today=without_prices(30, *COUNTRIES))[PRICES].level == "UNKNOWN"
+
+
+# Directions and rare events
+
+
+@pytest.mark.parametrize(
+    ("question", "measure", "segment"),
+    [
+        (COMPLETENESS, "brand", "missing"),
+        (COMPLETENESS, "delivered rows", "quarantined"),
+        (UNDAMAGED, "titles", "with mojibake"),
+        (PRICES, "prices", "of 0"),
+        (SURENESS, "offers", "to review"),
+    ],
+)
+def test_less_of_what_is_bad_is_never_an_error_and_more_of_it_is(question, measure, segment):
+    assert of_one_series(question, measure, segment, [0.4] * 14 + [0.0]).level == "WARN"
+    assert of_one_series(question, measure, segment, [0.0] * 14 + [0.4]).level == "ERROR"
+
+
+def test_more_agreement_is_never_an_error_and_less_of_it_is():
+    assert of_one_series(AGREEMENT, "fast model and student", "agree", [0.6] * 14 + [0.95]).level == "WARN"
+    assert of_one_series(AGREEMENT, "fast model and student", "agree", [0.95] * 14 + [0.6]).level == "ERROR"
+
+
+def test_fewer_letters_beyond_a_to_z_are_an_error():
+    segment = "with letters beyond a to z"
+    assert of_one_series(UNDAMAGED, "titles", segment, [0.4] * 14 + [0.0]).level == "ERROR"
+
+
+def test_every_rule_of_one_direction_or_segment_is_about_a_series_that_there_is():
+    assert set(DAMAGED_TITLES) == {"with signs of damaged encoding", *DAMAGES}
+    signs = {(sign.question, sign.measure, sign.segment) for sign in _SIGNS}
+    for harmless in HARMLESS:
+        if harmless.measure == "titles":
+            assert {(harmless.question, "titles", s) for s in harmless.segments} <= signs
+        if harmless.question == SHOP_MIX:
+            assert harmless.segments == (NEW,)
+
+
+@pytest.mark.parametrize(
+    ("question", "measure", "segment", "error"),
+    [
+        (PRICES, "prices", "above 20 times the usual", 0.0075),
+        (UNDAMAGED, "titles", "with signs of damaged encoding", 0.014),
+    ],
+)
+def test_rare_events_are_an_error_from_about_a_point_of_all_offers(question, measure, segment, error):
+    usual = [0.0005, 0.001, 0.0, 0.00075] * 4
+    assert of_one_series(question, measure, segment, [*usual, error]).level == "ERROR"
+    assert of_one_series(question, measure, segment, [*usual, 0.001]).level == "OK"
+    assert of_one_series(question, measure, segment, [*usual, error], group="country IT").level == "WARN"
+
+
+# Sentences
+
+
+def said(values, question=COMPLETENESS, measure="brand", segment="missing", **kind):
+    return of_one_series(question, measure, segment, values, **kind).findings[0].sentence
+
+
+def test_a_value_never_reads_like_the_end_of_its_range():
+    found = [said([0.10] * 14 + [0.10 + place / 4_000]) for place in range(120, 200)]
+    for sentence in found:
+        value, low, high = re.fullmatch(r"brand, missing: ([\d.]+) %, usually (.+)–(.+) %", sentence).groups()
+        assert float(low) < float(high) < float(value)
+        assert len(value) <= 6
+
+
+def test_a_range_of_next_to_nothing_starts_at_zero_and_keeps_the_figure_that_tells():
+    assert re.fullmatch(
+        r"brand, missing: 8\.0 %, usually 0–0\.\d{1,2} %", said([0.0] * 14 + [0.08], offers=20_000.0)
+    )
+
+
+def test_no_range_goes_beyond_what_a_number_can_be():
+    findings = [
+        of_one_series(SURENESS, "confidence", "", [0.97, 0.8, 0.99, 0.3], kind="number"),
+        of_one_series(WORDING, "title length", "", [2.0, 3.0, 2.5, 60.0], kind="number"),
+    ]
+    for judgement in findings:
+        for finding in judgement.findings:
+            assert finding.usual_low >= 0
+            assert "usually -" not in finding.sentence
+    assert findings[1].findings[0].sentence.startswith("mean title length: 60.0 characters, usually ")
+    ranges = expectations(
+        SURENESS,
+        date(1),
+        table([(date(1), SURENESS, "confidence", "", "", "number", 0.9, 4_000.0, None)]),
+        table([(date(0), SURENESS, "confidence", "", "", "number", 0.98, 4_000.0, None)]),
+    )
+    assert ranges["high"].to_pylist() == [1.0, 1.0]
+
+
+def test_what_concerns_most_offers_comes_first_and_a_country_before_all_offers_that_it_moves():
+    judgements = judged(volume={"IT": 0.0, "AT": 0.0})
+    assert [f.group for f in judgements[VOLUME].findings[:2]] == ["country IT", "country AT"]
+    judgements = judged(dearer={"DE": 0.8, "CZ": 3.0})
+    assert [f.group for f in judgements[PRICES].findings if f.group] == ["country DE", "country CZ"]
 
 
 # The last week

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from offer_assets import __main__ as command_line
 from resources.alerting import OutboxAlerts
-from resources.alerts import News
+from resources.alerts import ChannelState, News
 from resources.channels import Channel, Message
 
 
@@ -42,11 +43,46 @@ def test_incidents_are_listed_oldest_first(outbox: OutboxAlerts, capsys: pytest.
         "    b text.",
         "    http://localhost:3000/assets/b",
         "    check:b",
+        "(python -m offer_assets alerts --resolve KEY closes one by hand)",
     ]
     assert command_line.main(["alerts", "--all"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "2026-11-01T10:00:00Z  WARN      resolved  a failed"
     assert lines[4].startswith("2026-11-02T10:00:00Z  WARN      open      b failed")
+
+
+def test_the_run_of_an_incident_is_a_page_of_its_own(
+    outbox: OutboxAlerts, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outbox.tell([msgspec.structs.replace(news("a", "01"), run="r1")])
+    run = msgspec.structs.replace(news("b", "02"), run="r2", link="/runs/r2")
+    outbox.tell([run])
+    command_line.main(["alerts"])
+    pages = [line.strip() for line in capsys.readouterr().out.splitlines() if "http" in line]
+    assert pages == [
+        "http://localhost:3000/assets/a",
+        "http://localhost:3000/runs/r1",
+        "http://localhost:3000/runs/r2",
+    ]
+
+
+def test_channels_say_since_when_messages_wait_and_which_were_set_aside(
+    outbox: OutboxAlerts, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = ChannelState(
+        channel="slack",
+        sent=4,
+        waiting=3,
+        waiting_since="2026-11-01T10:00:00+00:00",
+        set_aside=1,
+        last_error="no answer",
+    )
+    monkeypatch.setattr(OutboxAlerts, "channels", lambda _: [state])
+    assert command_line.main(["alerts", "--channels"]) == 0
+    assert capsys.readouterr().out == (
+        "slack: 4 sent, 3 waiting since 2026-11-01T10:00:00Z, 1 of them refused and set aside; "
+        "not taken, tried again: no answer\n"
+    )
 
 
 def test_an_incident_that_nothing_closes_is_closed_by_hand(

@@ -77,6 +77,7 @@ CHECKS = {
         "volume_is_usual",
         "values_are_complete",
         "wording_is_usual",
+        "titles_are_undamaged",
         "languages_are_usual",
         "prices_are_usual",
         "shop_mix_is_usual",
@@ -86,7 +87,12 @@ CHECKS = {
         "predictions_are_of_the_taxonomy_in_force",
     },
     "corrections": {"every_corrections_file_was_read", "few_corrections_are_quarantined"},
-    "live_quality": {"corrections_agree_with_predictions", "category_shares_match_corrections"},
+    "live_quality": {
+        "corrections_agree_with_predictions",
+        "category_shares_match_corrections",
+        "corrections_keep_coming",
+        "corrections_are_about_catalogued_offers",
+    },
 }
 
 

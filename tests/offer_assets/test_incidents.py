@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +36,9 @@ from dagster._utils.error import SerializableErrorInfo
 
 from ml.artifacts import ArtifactRef
 from offer_assets.checks import partitioned_check
+from offer_assets.failed_ticks import Declared
 from offer_assets.incidents import ALERTS, COLLECTOR, collect, look_after_collector, observations
+from offer_assets.release import _objection
 from resources.alerting import OutboxAlerts
 from resources.alerts import Incident, News
 from resources.artifact_store import FolderArtifactStore
@@ -118,6 +121,10 @@ class Plant:
         def model() -> None:
             self._do("model")
 
+        @dg.asset
+        def offer_endpoint() -> None:
+            self._do("offer_endpoint")
+
         @partitioned_check(asset="offers", partitions_def=DAYS, blocking=True)
         def offers_are_there() -> dg.AssetCheckResult:
             return self._do("offers_are_there")
@@ -135,12 +142,14 @@ class Plant:
             return self._do("model_answers")
 
         return dg.Definitions(
-            assets=[offers, drift_report, student, model],
+            assets=[offers, drift_report, student, model, offer_endpoint],
             asset_checks=[offers_are_there, volume_is_usual, student_is_good, model_answers],
             jobs=[
                 dg.define_asset_job("process_day", dg.AssetSelection.assets("offers", "drift_report")),
+                dg.define_asset_job("ingest", dg.AssetSelection.assets("offers")),
                 dg.define_asset_job("report", dg.AssetSelection.assets("drift_report")),
                 dg.define_asset_job("train", dg.AssetSelection.assets("student", "model")),
+                dg.define_asset_job("deploy", dg.AssetSelection.assets("offer_endpoint")),
                 dg.define_asset_job("release", dg.AssetSelection.assets("model")),
             ],
             executor=dg.in_process_executor,
@@ -191,7 +200,7 @@ def test_a_failed_check_is_an_incident_until_it_passes(plant: Plant) -> None:
     incident = plant.the_incident()
     assert (incident.key, incident.state) == ("check:drift_report:volume_is_usual", "open")
     assert incident.title == "Check volume_is_usual of drift_report failed"
-    assert incident.text == f"2024-03-05: no offers of IT. Run {run_id[:8]} of report (/runs/{run_id})."
+    assert (incident.text, incident.run) == ("2024-03-05: no offers of IT.", run_id)
     assert incident.link == "/assets/drift_report?view=checks&checkDetail=volume_is_usual"
     assert (incident.asset, incident.group, incident.owners) == ("drift_report", "operation", ("team:ml",))
     assert (incident.severity, news.severity) == ("ERROR", "ERROR")
@@ -226,8 +235,8 @@ def test_a_check_that_raises_is_an_incident_of_the_check_and_says_why(plant: Pla
     assert states(plant.collect()) == [("check:drift_report:volume_is_usual", "failing")]
     incident = plant.the_incident()
     assert incident.title == "Check volume_is_usual of drift_report could not be evaluated"
-    assert incident.text.startswith(
-        "2024-03-05: it raised an error: RuntimeError: https://***@example.com/report?token=*** is gone. Run "
+    assert incident.text == (
+        "2024-03-05: it raised an error: RuntimeError: https://***@example.com/report?token=*** is gone."
     )
     assert plant.run("report", FIFTH).success
     assert states(plant.collect()) == [("check:drift_report:volume_is_usual", "resolved")]
@@ -296,6 +305,70 @@ def test_a_partition_that_is_no_day_ends_only_its_own_failure(plant: Plant) -> N
     assert states(plant.collect()) == [("check:student:student_is_good", "resolved")]
 
 
+def test_a_partition_that_failed_before_the_incident_opened_does_not_keep_it_open(plant: Plant) -> None:
+    plant.run("train", "neuron", student_is_good=FAILED)
+    plant.collect()
+    plant.alerts.tell([News(id="by-hand", incident="check:student:student_is_good", state="resolved")])
+    plant.run("train", "cpu", student_is_good=FAILED)
+    assert [state for _, state in states(plant.collect())] == ["failing"]
+    plant.run("train", "cpu")
+    assert [state for _, state in states(plant.collect())] == ["resolved"]
+
+
+def test_a_day_fails_anew_after_a_newer_failing_one_was_closed_by_hand(plant: Plant) -> None:
+    plant.run("report", FIFTH, volume_is_usual=FAILED)
+    plant.collect()
+    plant.alerts.tell([News(id="by-hand", incident="check:drift_report:volume_is_usual", state="resolved")])
+    plant.run("report", FOURTH, volume_is_usual=FAILED)
+    assert [state for _, state in states(plant.collect())] == ["failing"]
+
+
+def not_over(level: str, **told: Any) -> dg.AssetCheckResult:
+    return dg.AssetCheckResult(metadata={"level": level, "complete": False}, **told)
+
+
+def test_a_day_that_is_not_over_ends_no_incident(plant: Plant) -> None:
+    plant.run("report", FOURTH, volume_is_usual=FAILED)
+    plant.collect()
+    for level in ("UNKNOWN", "OK"):
+        plant.run("report", FIFTH, volume_is_usual=not_over(level, passed=True))
+        assert plant.collect() == []
+    over = dg.AssetCheckResult(passed=True, metadata={"level": "OK", "complete": True})
+    plant.run("report", FIFTH, volume_is_usual=over)
+    assert [state for _, state in states(plant.collect())] == ["resolved"]
+
+
+@pytest.mark.parametrize("level", ["UNKNOWN", "OK"])
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_day_that_fails_after_a_newer_one_passed_before_its_end_stays_open(
+    plant: Plant, level: str, at_once: bool
+) -> None:
+    plant.run("report", FIFTH, volume_is_usual=not_over(level, passed=True))
+    told = [] if at_once else plant.collect()
+    plant.run("report", FOURTH, volume_is_usual=FAILED)
+    told += plant.collect()
+    assert [state for _, state in states(told)] == ["failing"]
+    assert plant.the_incident().state == "open"
+
+
+def test_a_check_that_cannot_tell_ends_no_incident_even_of_a_day_that_is_over(plant: Plant) -> None:
+    plant.run("report", FOURTH, volume_is_usual=FAILED)
+    plant.collect()
+    unknown = dg.AssetCheckResult(passed=True, metadata={"level": "UNKNOWN", "complete": True})
+    plant.run("report", FIFTH, volume_is_usual=unknown)
+    assert plant.collect() == []
+
+
+def test_a_day_that_is_not_over_opens_an_incident_and_one_before_it_makes_it_worse(plant: Plant) -> None:
+    warning = not_over("WARN", passed=False, severity=dg.AssetCheckSeverity.WARN)
+    plant.run("report", FIFTH, volume_is_usual=warning)
+    assert [news.severity for news in plant.collect()] == ["WARN"]
+    plant.run("report", FOURTH, volume_is_usual=FAILED)
+    assert [news.severity for news in plant.collect()] == ["ERROR"]
+    plant.run("report", FIFTH, volume_is_usual=not_over("OK", passed=True))
+    assert plant.collect() == []
+
+
 def test_an_asset_without_partitions_has_none_in_a_run_with_one(plant: Plant) -> None:
     plant.run("train", "cpu", model_answers=FAILED)
     plant.collect()
@@ -315,10 +388,10 @@ def test_a_failed_run_is_an_incident_until_the_same_succeeds(plant: Plant) -> No
     incident = plant.the_incident()
     assert incident.title == "Run of process_day failed (2024-03-05)"
     assert incident.text == (
-        "offers: KeyError: 'postgresql://***@db/offers'. "
-        f"Its log has more: run {run_id[:8]} (/runs/{run_id})."
+        "offers: KeyError: 'postgresql://***@db/offers'. It is over when the same succeeds, or other runs "
+        "make what it did not; by hand: `python -m offer_assets alerts --resolve run:process_day:2024-03-05`."
     )
-    assert incident.link == f"/runs/{run_id}"
+    assert (incident.link, incident.run) == (f"/runs/{run_id}", run_id)
     assert (incident.asset, incident.group, incident.owners) == ("offers", "feed", ("team:data",))
     plant.run("process_day", FOURTH)
     plant.run("report", FIFTH)
@@ -327,10 +400,58 @@ def test_a_failed_run_is_an_incident_until_the_same_succeeds(plant: Plant) -> No
     assert states(plant.collect()) == [("run:process_day:2024-03-05", "resolved")]
 
 
+def test_a_failed_run_is_over_when_another_job_made_what_it_did_not(plant: Plant) -> None:
+    plant.run("process_day", FIFTH, drift_report=ValueError("odd"))
+    plant.collect()
+    plant.run("report", FOURTH)
+    assert plant.collect() == []
+    run_id = plant.run("report", FIFTH).run_id
+    (news,) = plant.collect()
+    assert (news.incident, news.state, news.run) == ("run:process_day:2024-03-05", "resolved", run_id)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_failed_run_is_over_when_several_made_what_it_did_not_and_not_before(
+    plant: Plant, at_once: bool
+) -> None:
+    plant.run("process_day", FIFTH, offers=ValueError("odd"))
+    plant.run("train", "cpu", student=ValueError("odd"))
+    told = [] if at_once else plant.collect()
+    plant.run("process_day", FOURTH)
+    plant.run("release")
+    told += plant.collect()
+    assert [news.incident for news in told] == ["run:process_day:2024-03-05", "run:train:cpu"]
+    plant.run("ingest", FIFTH)
+    assert plant.collect() == []
+    plant.run("report", FIFTH)
+    assert states(plant.collect()) == [("run:process_day:2024-03-05", "resolved")]
+
+
+def test_what_another_failed_run_made_counts_too(plant: Plant) -> None:
+    plant.run("release", model=ValueError("odd"))
+    plant.run("train", "cpu", student_is_good=ValueError("odd"))
+    assert sorted(states(plant.collect())) == [
+        ("check:student:student_is_good", "failing"),
+        ("run:release", "failing"),
+        ("run:release", "resolved"),
+    ]
+
+
+def test_a_failed_run_that_made_everything_is_over_only_when_the_same_succeeds(plant: Plant) -> None:
+    run = plant.run("release").dagster_run
+    plant.instance.report_run_failed(run, "the hook failed")
+    plant.collect()
+    assert "other runs" not in plant.the_incident().text
+    plant.run("train", "cpu")
+    assert plant.collect() == []
+    plant.run("release")
+    assert states(plant.collect()) == [("run:release", "resolved")]
+
+
 def test_a_failure_meant_for_people_is_told_in_its_own_words(plant: Plant) -> None:
     plant.run("release", model=dg.Failure("there are no labels; run adopt_taxonomy", allow_retries=False))
     plant.collect()
-    assert plant.the_incident().text.startswith("model: there are no labels; run adopt_taxonomy. Its log")
+    assert plant.the_incident().text.startswith("model: there are no labels; run adopt_taxonomy. It is")
 
 
 def test_runs_that_are_repeated_are_one_incident(plant: Plant) -> None:
@@ -383,27 +504,40 @@ def test_a_run_without_a_job_is_called_by_its_assets(plant: Plant) -> None:
     ("day", "newest", "alerts"),
     [(FIFTH, FIFTH, True), (THIRD, FIFTH, True), (SECOND, FIFTH, False), (FIRST, FIFTH, False)],
 )
-def test_only_days_near_the_newest_of_the_feed_alert(
+def test_only_checks_of_days_near_the_newest_of_the_feed_alert(
     plant: Plant, day: str, newest: str, alerts: bool
 ) -> None:
     plant.newest_day = newest
-    plant.run("report", day, volume_is_usual=FAILED)
-    plant.run("process_day", day, offers=ValueError("odd"))
-    plant.run("process_day", day, offers_are_there=ValueError("odd"))
-    assert len(plant.collect()) == (3 if alerts else 0)
+    plant.run("process_day", day, volume_is_usual=FAILED, offers_are_there=WARNING)
+    assert len(plant.collect()) == (2 if alerts else 0)
 
 
 def test_a_long_feed_that_is_taken_for_the_first_time_alerts_only_about_its_newest_days(plant: Plant) -> None:
     for day in (FIRST, SECOND, THIRD, FOURTH, FIFTH):
         plant.run("process_day", day, volume_is_usual=FAILED, offers_are_there=WARNING)
-        plant.run("report", day, drift_report=ValueError("odd"))
         plant.collect()
-    assert [incident.key for incident in plant.incidents()] == [
-        "check:offers:offers_are_there",
-        "check:drift_report:volume_is_usual",
-        *(f"run:report:{day}" for day in (THIRD, FOURTH, FIFTH)),
+    assert [(incident.key, incident.times) for incident in plant.incidents()] == [
+        ("check:offers:offers_are_there", 3),
+        ("check:drift_report:volume_is_usual", 3),
     ]
-    assert plant.incidents()[0].times == 3
+
+
+@pytest.mark.parametrize("backfill", [{}, {"dagster/backfill": "abc"}])
+@pytest.mark.parametrize(
+    ("told", "text"),
+    [
+        ({"offers": ValueError("disk full")}, "offers: ValueError: disk full. "),
+        ({"offers_are_there": ValueError("odd")}, "offers_offers_are_there: ValueError: odd. "),
+        ({"offers_are_there": FAILED}, "offers_offers_are_there: "),
+    ],
+)
+def test_a_run_of_an_old_day_that_fails_alerts_whatever_failed_in_it(
+    plant: Plant, told: dict[str, Any], text: str, backfill: dict[str, str]
+) -> None:
+    """The day may be one that was never processed before, as when the feed is caught up with."""
+    plant.run("process_day", FIRST, tags=backfill, **told)
+    assert states(plant.collect()) == [(f"run:process_day:{FIRST}", "failing")]
+    assert plant.the_incident().text.startswith(text)
 
 
 def test_a_backfill_of_days_gone_by_does_not_alert_and_one_of_today_does(plant: Plant) -> None:
@@ -432,8 +566,32 @@ def test_without_the_feed_the_newest_day_that_was_taken_counts(plant: Plant) -> 
         f"offers/{FIFTH}", ArtifactRef(kind="o", key="k", digest="d", uri="", metrics={})
     )
     plant.run("report", SECOND, volume_is_usual=FAILED)
-    plant.run("report", SECOND, drift_report=ValueError("odd"))
     assert plant.collect() == []
+
+
+def test_a_feed_that_takes_long_is_not_waited_for_nor_asked_twice_at_once(
+    plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offer_assets.incidents._FEED_SECONDS", 0.01)
+    answers, asked = threading.Event(), []
+
+    def days() -> list[str]:
+        asked.append(threading.current_thread())
+        answers.wait(60)
+        return [FIFTH]
+
+    plant.store.write_pointer(
+        f"offers/{FIFTH}", ArtifactRef(kind="o", key="k", digest="d", uri="", metrics={})
+    )
+    for day, told in ((FIFTH, 1), (SECOND, 0)):
+        plant.run("report", day, volume_is_usual=FAILED)
+        assert len(plant.collect(offer_feed=SimpleNamespace(days=days))) == told
+    assert len(asked) == 1
+    answers.set()
+    asked[0].join()
+    plant.run("report", SECOND, volume_is_usual=FAILED)
+    plant.collect(offer_feed=SimpleNamespace(days=days))
+    assert len(asked) == 2
 
 
 # Crashes and damage
@@ -503,6 +661,36 @@ def test_several_at_the_same_time_tell_each_thing_once(plant_on_disk: Plant) -> 
     assert {incident.times for incident in plant.incidents()} == {1}
 
 
+def test_two_that_read_the_log_at_the_same_time_do_not_overwrite_each_other(
+    plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The slower one has seen the failure only, and not that it passed and failed again since."""
+    plant.collect()
+    evaluate(plant, passed=False)
+    tell, told = OutboxAlerts.tell, list[News]()
+
+    def overtaken(alerts: OutboxAlerts, *arguments: Any) -> list[News]:
+        monkeypatch.setattr(OutboxAlerts, "tell", tell)
+        for passed in (True, False):
+            evaluate(plant, passed=passed)
+        told.extend(plant.collect())
+        return tell(alerts, *arguments)
+
+    monkeypatch.setattr(OutboxAlerts, "tell", overtaken)
+    assert plant.collect() == []
+    assert [state for _, state in states(told)] == ["failing"]
+    assert plant.the_incident().times == 2
+    monkeypatch.setattr("offer_assets.incidents._EVENTS_AT_ONCE", 1)
+    assert plant.collect() == []
+    assert plant.the_incident().state == "open"
+
+
+def evaluate(plant: Plant, *, passed: bool) -> None:
+    plant.instance.report_runless_asset_event(
+        dg.AssetCheckEvaluation(asset_key=dg.AssetKey("a"), check_name="c", passed=passed)
+    )
+
+
 def test_after_the_event_log_was_deleted_nothing_new_is_missed(plant: Plant) -> None:
     plant.run("report", FIFTH, volume_is_usual=FAILED)
     plant.collect()
@@ -534,15 +722,16 @@ def test_an_event_that_cannot_be_read_is_told_and_hides_nothing(plant: Plant) ->
             sa.update(Log).where(Log.c.id == first.scalar_subquery()).values(event="{not an event")
         )
     told = plant.collect()
-    assert states(told) == [("event-log:unreadable", "notice"), ("run:release", "failing")]
+    assert states(told) == [("event-log:unreadable", "failing"), ("run:release", "failing")]
     assert told[0].title == "1 events of Dagster's log cannot be read"
     assert plant.collect() == []
+    assert "event-log:unreadable" in {incident.key for incident in plant.alerts.incidents()}
 
 
 def test_a_long_log_is_read_in_portions_and_over_several_times(plant: Plant) -> None:
     multiply_evaluation(plant, [f"check_{number % 550}" for number in range(1100)])
-    assert len(plant.collect(seconds=0)) == 500
-    assert len(plant.collect()) == 50
+    assert len(plant.collect(seconds=0)) == 200
+    assert len(plant.collect()) == 350
     assert {incident.times for incident in plant.incidents()} == {2}
 
 
@@ -652,11 +841,58 @@ def test_a_failure_between_two_looks_is_told_though_it_is_over(
     assert plant.the_incident().link == "/locations/offer_assets/schedules/weekly"
 
 
+def test_a_sensor_that_fails_now_and_then_is_none_until_it_fails_twice_in_a_row(
+    plant_on_disk: Plant, instigators: Instigators
+) -> None:
+    plant = plant_on_disk
+    for _ in range(3):
+        instigators.tick("new_offers", TickStatus.SKIPPED)
+        assert plant.collect() == []
+        instigators.tick("new_offers", TickStatus.FAILURE, "odd")
+        assert plant.collect() == []
+    instigators.tick("new_offers", TickStatus.FAILURE, "odd")
+    assert states(plant.collect()) == [("sensor:new_offers", "failing")]
+
+
+@pytest.mark.parametrize("how", ["stopped", "removed", "deleted"])
+def test_a_sensor_that_does_not_run_any_more_is_no_incident(
+    plant_on_disk: Plant, instigators: Instigators, how: str
+) -> None:
+    plant = plant_on_disk
+    declared = Declared("offer_assets", frozenset({"new_offers", "other"}))
+    for name in ("new_offers", "other"):
+        for _ in range(2):
+            instigators.tick(name, TickStatus.FAILURE, "odd")
+    plant.collect(declared=declared)
+    state = instigators.known["new_offers"]
+    if how == "stopped":
+        plant.instance.update_instigator_state(state.with_status(InstigatorStatus.STOPPED))
+    elif how == "removed":
+        declared = Declared("offer_assets", frozenset({"other"}))
+    else:
+        plant.instance.delete_instigator_state(state.instigator_origin_id, state.selector_id)
+    instigators.tick("new_offers", TickStatus.FAILURE, "odd")
+    assert states(plant.collect(declared=declared)) == [("sensor:new_offers", "resolved")]
+    assert plant.collect(declared=declared) == []
+    assert [incident.key for incident in plant.alerts.incidents()] == ["sensor:other"]
+
+
+def test_a_sensor_of_another_code_location_is_not_taken_to_be_removed(
+    plant_on_disk: Plant, instigators: Instigators
+) -> None:
+    plant = plant_on_disk
+    for _ in range(2):
+        instigators.tick("theirs", TickStatus.FAILURE, "odd")
+    told = plant.collect(declared=Declared("another", frozenset({"ours"})))
+    assert states(told) == [("sensor:theirs", "failing")]
+
+
 def test_a_tick_under_way_is_waited_for_and_a_killed_one_is_not(
     plant_on_disk: Plant, instigators: Instigators
 ) -> None:
     plant = plant_on_disk
-    instigators.at = time.time() - 90
+    instigators.at = time.time() - 120
+    instigators.tick("new_offers", TickStatus.FAILURE, "odd")
     tick = instigators.tick("new_offers", TickStatus.STARTED)
     assert plant.collect() == []
     plant.instance.update_tick(
@@ -672,8 +908,9 @@ def test_the_sensor_that_collects_is_looked_after_by_the_other(
     plant_on_disk: Plant, instigators: Instigators
 ) -> None:
     plant = plant_on_disk
-    instigators.tick(COLLECTOR, TickStatus.FAILURE, "odd")
-    instigators.tick("alert_delivery", TickStatus.FAILURE, "odd")
+    for _ in range(2):
+        instigators.tick(COLLECTOR, TickStatus.FAILURE, "odd")
+        instigators.tick("alert_delivery", TickStatus.FAILURE, "odd")
     assert states(plant.collect()) == [("sensor:alert_delivery", "failing")]
     assert states(look_after_collector(plant.instance, plant.alerts)) == [("sensor:incidents", "failing")]
     instigators.tick(COLLECTOR, TickStatus.SKIPPED)
@@ -758,6 +995,26 @@ def test_a_version_that_was_refused_is_told_once(
     assert look(700) == []
 
 
+@pytest.mark.parametrize(
+    "refused",
+    [
+        {"verdict": "failed", "approval": ""},
+        {"approval": "rejected", "tags": decided("rejected", HOUR)},
+    ],
+)
+def test_a_run_that_fails_because_its_version_is_refused_is_told_as_the_refusal_only(
+    plant: Plant,
+    registry: Registry,
+    look: Callable[[float], list[tuple[str, str]]],
+    refused: dict[str, Any],
+) -> None:
+    registry.found = [version(3, **refused)]
+    plant.run("deploy", offer_endpoint=dg.Failure(_objection(registry.found[0]), allow_retries=False))
+    assert look(0) == [(f"version-refused:{'3' * 12}", "notice")]
+    plant.run("deploy", offer_endpoint=dg.Failure("the endpoint does not answer"))
+    assert look(30) == [("run:deploy", "failing")]
+
+
 def test_a_version_that_waits_for_a_day_is_an_incident_until_it_is_decided_or_overtaken(
     plant: Plant, registry: Registry, look: Callable[[float], list[tuple[str, str]]]
 ) -> None:
@@ -823,12 +1080,12 @@ def test_an_event_log_that_cannot_be_read_does_not_stop_the_others(
     def broken(*_: Any, **__: Any) -> None:
         raise sa.exc.OperationalError("select", {}, Exception("database disk image is malformed"))
 
-    instigators.tick("new_offers", TickStatus.FAILURE, "odd")
+    instigators.tick("weekly", TickStatus.FAILURE, "odd", type="SCHEDULE")
     with monkeypatch.context() as patched:
         patched.setattr("offer_assets.incidents.read_events", broken)
         assert states(plant.collect()) == [
             ("source:event log", "failing"),
-            ("sensor:new_offers", "failing"),
+            ("schedule:weekly", "failing"),
         ]
     assert states(plant.collect()) == [("source:event log", "resolved")]
 
@@ -845,7 +1102,7 @@ def test_before_a_version_is_registered_the_registry_is_not_asked(plant: Plant) 
 
 
 def test_what_is_told_is_observed_with_its_incident(plant: Plant) -> None:
-    plant.run("report", FIFTH, volume_is_usual=FAILED)
+    run_id = plant.run("report", FIFTH, volume_is_usual=FAILED).run_id
     (opened,) = observations(plant.collect())
     plant.run("report", FIFTH)
     (resolved,) = observations(plant.collect())
@@ -853,5 +1110,8 @@ def test_what_is_told_is_observed_with_its_incident(plant: Plant) -> None:
     assert opened.asset_key == ALERTS.key
     assert (opened.description, resolved.description) == (title, f"resolved: {title}")
     assert opened.metadata["severity"].value == "ERROR"
-    assert opened.metadata["link"].value.startswith("/assets/drift_report?")
+    assert opened.metadata["link"] == dg.MetadataValue.url(
+        "/assets/drift_report?view=checks&checkDetail=volume_is_usual"
+    )
+    assert opened.metadata["run"] == dg.MetadataValue.dagster_run(run_id)
     plant.instance.report_runless_asset_event(opened)

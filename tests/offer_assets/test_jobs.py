@@ -13,7 +13,7 @@ from offer_assets.jobs import day_is_over
 from resources.artifact_store import FolderArtifactStore
 
 ONE_O_CLOCK = datetime.datetime(2026, 11, 10, 1, tzinfo=datetime.UTC)
-YESTERDAY, WEEK_BEFORE = "2026-11-09", "2026-11-02"
+YESTERDAY = "2026-11-09"
 
 
 @pytest.fixture
@@ -43,10 +43,11 @@ def make(store: FolderArtifactStore, pointer: str, **parameters: object) -> Arti
     return made
 
 
-def asked_for(store: FolderArtifactStore) -> dg.RunRequest | str:
+def asked_for(store: FolderArtifactStore, days_later: int = 0) -> dg.RunRequest | str:
     """The run that the schedule asks for, or why it asks for none."""
     context = dg.build_schedule_context(
-        scheduled_execution_time=ONE_O_CLOCK, resources={"artifact_store": store}
+        scheduled_execution_time=ONE_O_CLOCK + datetime.timedelta(days=days_later),
+        resources={"artifact_store": store},
     )
     answer = day_is_over(context)
     return answer if isinstance(answer, dg.RunRequest) else answer.skip_message
@@ -77,9 +78,35 @@ def test_a_report_that_is_gone_counts_for_nothing(store):
     assert asked_for(store).partition_key == YESTERDAY
 
 
-def test_a_silent_feed_is_noticed_if_the_same_weekday_brought_offers_the_week_before(store):
+def take(store: FolderArtifactStore, *days_before_yesterday: int) -> None:
+    for days in days_before_yesterday:
+        make(store, f"offers/{datetime.date.fromisoformat(YESTERDAY) - datetime.timedelta(days=days)}")
+
+
+def test_a_feed_that_never_brought_anything_is_not_waited_for(store):
     assert asked_for(store) == f"the feed brought no offers of {YESTERDAY}, and none were expected"
-    make(store, f"offers/{WEEK_BEFORE}")
+
+
+def test_an_outage_of_the_whole_feed_is_noticed_on_each_of_its_days(store):
+    take(store, *range(1, 30))
+    assert [asked_for(store, days_later=days).partition_key for days in (0, 6, 7, 13, 26)] == [
+        "2026-11-09",
+        "2026-11-15",
+        "2026-11-16",
+        "2026-11-22",
+        "2026-12-05",
+    ]
+
+
+def test_a_feed_of_workdays_is_not_waited_for_on_sundays(store):
+    """Yesterday was a Monday; the feed has each Monday to Friday of the weeks before."""
+    take(store, *(7 * week - day for week in range(1, 4) for day in range(5)))
+    assert asked_for(store).partition_key == YESTERDAY
+    assert "none were expected" in asked_for(store, days_later=6)
+
+
+def test_a_feed_younger_than_a_week_is_expected_every_day(store):
+    take(store, 1, 2)
     assert asked_for(store).partition_key == YESTERDAY
 
 

@@ -371,7 +371,7 @@ def test_every_question_is_a_check_that_says_what_moved(operation, level, passed
     )
     assert check.partition == date(2)
     shown = {name: value.value for name, value in check.metadata.items()}
-    assert (shown["level"], shown["series_tested"]) == (level, 12)
+    assert (shown["level"], shown["complete"], shown["series_tested"]) == (level, True, 12)
     assert Path(shown["report"]).name == "report.html"
     if level in ("WARN", "ERROR"):
         assert shown["findings_in_all"] == 3
@@ -389,6 +389,7 @@ def test_what_cannot_be_told_yet_is_no_failure(operation, monkeypatch):
     checks = {check.check_name: check for check in operation.run(2).get_asset_check_evaluations()}
     assert [name for name, check in checks.items() if not check.passed] == [PRICES]
     assert checks[SHOP_MIX].description == f"{SHOP_MIX} is UNKNOWN"
+    assert {check.metadata["complete"].value for check in checks.values()} == {False}
 
 
 def test_without_a_fast_model_nobody_has_to_agree_with_it(operation):

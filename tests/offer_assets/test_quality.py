@@ -14,10 +14,11 @@ import pytest
 
 from ml.artifacts import ArtifactRef, reference, short_version, write_manifest
 from ml.offers import CLEAN_SCHEMA
+from ml.quality.corrections import REASONS
 from ml.serving.predictor import PREDICTION_SCHEMA
 from ml.taxonomy import Category, Taxonomy
 from ml.taxonomy_change.transitions import Transitions
-from offer_assets.quality import quality_assets, quality_checks
+from offer_assets.quality import few_corrections_are_quarantined, quality_assets, quality_checks
 from resources.artifact_store import FolderArtifactStore
 from resources.compute import LocalCompute
 from resources.corrections_feed import CorrectionsFeed
@@ -148,12 +149,19 @@ def test_good_days_pass_every_check_and_show_what_they_rest_on(home):
         "few_corrections_are_quarantined": True,
         "corrections_agree_with_predictions": True,
         "category_shares_match_corrections": True,
+        "corrections_keep_coming": True,
+        "corrections_are_about_catalogued_offers": True,
     }
     assert found["every_corrections_file_was_read"].description == "all 1 files were read"
     (materialization,) = result.asset_materializations_for_node("live_quality")
     assert {"summary", "plot_accuracy", "plot_shares", "days_by_quality", "groups", "delay"} <= set(
         materialization.metadata
     )
+    page = materialization.metadata["report"].value
+    assert str(page).endswith("/report.html")
+    for name in set(found) - {"every_corrections_file_was_read", "few_corrections_are_quarantined"}:
+        assert found[name].metadata["report"].value == page
+        assert "data:image/png;base64," in str(found[name].metadata["plot"].value)
     assert "720 labelled offers of 12 days are right" in str(materialization.metadata["summary"].value)
 
 
@@ -199,7 +207,50 @@ def test_a_feed_of_nonsense_fails_the_quarantine_check(home):
     check = checks(home.run())["few_corrections_are_quarantined"]
     assert not check.passed
     assert check.severity == dg.AssetCheckSeverity.ERROR
-    assert (check.description or "").startswith("75.00% of 4 decisions are in quarantine")
+    assert (check.description or "").startswith("75.00% of 4 decisions of the files since ")
+
+
+def test_a_feed_that_breaks_is_judged_by_what_it_delivers_now():
+    """A hundred thousand good decisions of last year do not excuse the thousand bad ones of this week."""
+    metrics = {
+        "rows": 101_000,
+        "quarantined": 1_000,
+        "quarantined_by_fault_of_the_feed": 1_000,
+        "recent_since": "2026-10-05",
+        "recent_rows": 1_000,
+        "recent_quarantined_by_fault_of_the_feed": 1_000,
+        **dict.fromkeys(REASONS, 0),
+    }
+    taken = ArtifactRef(kind="corrections", key="k", digest="d", uri="u", metrics=metrics)
+    check = few_corrections_are_quarantined(taken)
+    assert isinstance(check, dg.AssetCheckResult)
+    assert not check.passed
+    assert (check.description or "").startswith("100.00% of 1,000 decisions of the files since 2026-10-05 ")
+    assert "; 0.99% of 101,000 in all" in (check.description or "")
+
+
+def test_a_feed_that_lost_all_its_files_fails_in_words(home):
+    home.fill(3)
+    assert home.run().success
+    (home.corrections / "decided.csv").unlink()
+    result = home.run()
+    (failure,) = [event for event in result.get_step_failure_events() if event.step_key == "corrections"]
+    assert "the corrections feed has no file any more; it had 1 before" in str(failure.event_specific_data)
+
+
+def test_labels_that_became_too_few_do_not_pass(home):
+    """A feed of four weeks that says too little to judge anything by."""
+    for number in range(30):
+        day = (FIRST + datetime.timedelta(days=number)).isoformat()
+        home.catalogue(day, {f"{number}-{n}": "a" for n in range(3)})
+    home.deliver(
+        "decided.csv",
+        *(f"{number}-0,a,{FIRST + datetime.timedelta(days=number)}T20:00:00" for number in range(30)),
+    )
+    check = checks(home.run())["corrections_agree_with_predictions"]
+    assert not check.passed
+    assert check.severity == dg.AssetCheckSeverity.WARN
+    assert (check.description or "").startswith("UNKNOWN: too few to tell: ")
 
 
 def test_without_a_catalogued_day_the_failure_says_what_to_do_first(home):

@@ -61,6 +61,7 @@ def test_without_a_file_there_are_no_channels() -> None:
         assert routes.channels_for("CRITICAL", "offers", ["team:data"]) == []
         assert routes.reminder_hours == {"ERROR": 24, "CRITICAL": 24}
         assert routes.seconds_between_messages == 60
+        assert routes.gather_seconds == 30
         assert routes.ui_url == "http://localhost:3000"
 
 
@@ -70,10 +71,12 @@ def test_the_example_is_right_and_says_what_it_says() -> None:
     assert routes.channels_for("WARN", None, []) == ["data-owners"]
     assert routes.channels_for("ERROR", "models", []) == ["catalog-team"]
     assert routes.channels_for("CRITICAL", "models", []) == ["catalog-team", "on-call", "ticket-system"]
-    assert routes.channels_for("ERROR", "offers", ["team:data", "x"]) == ["catalog-team", "data-owners"]
-    assert routes.channels_for("ERROR", "offers", ["team:other"]) == ["catalog-team"]
+    owners = ["team:data-engineering", "x"]
+    assert routes.channels_for("ERROR", "feed", owners) == ["catalog-team", "data-owners"]
+    assert routes.channels_for("ERROR", "feed", ["team:other"]) == ["catalog-team"]
     assert routes.reminder_hours == {"ERROR": 24, "CRITICAL": 24}
     assert routes.seconds_between_messages == 60
+    assert routes.gather_seconds == 30
 
 
 def test_what_the_example_shows_in_comments_is_right_too(tmp_path: Path) -> None:
@@ -155,6 +158,20 @@ def test_every_kind_of_channel_that_is_read_sends(tmp_path: Path) -> None:
         ),
         (SLACK + ROUTE + "default = true\ngroups = ['offers']", "route 1 is the default"),
         (SLACK + (ROUTE + "default = true\n") * 2, "has two default routes"),
+        (
+            SLACK + ROUTE + "groups = ['offers']",
+            "has no route for ERROR without group and owner, of which nobody would hear; add [[routes]] with "
+            "default = true and channels",
+        ),
+        (SLACK + ROUTE + "severity = ['ERROR']", "has no route for CRITICAL without group and owner"),
+        (
+            EMAIL.replace("smtp.example.com", "${MAIL_HOST}"),
+            "channels.mail.host is to come from the environment variable MAIL_HOST, which is not set",
+        ),
+        (
+            EMAIL.replace("b@example.com", "${CATALOG_TEAM_SLACK_URL}"),
+            "channels.mail.to: '***' must be an address",
+        ),
         (EMAIL + "user = 'me'\n", "channels.mail has only one of user and password"),
         (
             EMAIL.replace("a@example.com", "a@example.com\\r\\nBcc: c@example.com"),
@@ -231,6 +248,30 @@ def test_a_secret_in_the_file_is_refused_with_what_to_write_instead(
         f"{key} is a secret and does not belong in a file: write {key.rpartition('.')[2]} = "
         f'"${{{variable}}}" and set the environment variable {variable} (any name will do)'
     )
+
+
+def test_any_text_may_refer_to_variables(tmp_path: Path) -> None:
+    with SmtpReceiver() as smtp:
+        environ = {"HOST": " 127.0.0.1\n", "TEAM": "team-x", "DOMAIN": "example.org", "TLS": "none"}
+        text = (
+            EMAIL.replace("smtp.example.com", "${HOST}")
+            .replace("a@example.com", "Alerts <a@${DOMAIN}>")
+            .replace("b@example.com", "${TEAM}@${DOMAIN}")
+        )
+        text += f'tls = "${{TLS}}"\nport = {smtp.port}\n'
+        route = '[[routes]]\nchannels = ["mail"]\n'
+        text += f'{route}groups = ["${{TEAM}}"]\n{route}minimum_severity = "ERROR"\n'
+        routes = read(tmp_path, text, environ)
+        routes.channels["mail"].send(a_message(channel="mail"), 5)
+        (mail,) = smtp.mails
+    assert (mail.sender, mail.recipients) == ("a@example.org", ["team-x@example.org"])
+    assert [routes.channels_for("WARN", group, []) for group in ("team-x", "team-y")] == [["mail"], []]
+
+
+def test_texts_are_kept_free_of_what_the_file_refers_to(tmp_path: Path) -> None:
+    routes = read(tmp_path, SLACK + WEBHOOK + ROUTE, {**ENVIRON, "TICKET_SYSTEM_SECRET": "a key"})
+    hook = ENVIRON["CATALOG_TEAM_SLACK_URL"]
+    assert routes.without_secrets(f"{hook} XXXXXXXXXXXXXXXX, a key") == "*** ***, a key"
 
 
 @pytest.mark.parametrize("environ", [{}, {"CATALOG_TEAM_SLACK_URL": ""}])

@@ -14,13 +14,13 @@ import pytest
 from ml.errors import InputError
 from resources.alert_routes import Routes
 from resources.alerting import OutboxAlerts, deliver
-from resources.alerts import News
+from resources.alerts import Moved, News
 from resources.channels import ChannelError, Message
 from resources.outbox import Outbox
 from tests.resources.alert_channels import Heard, Receiver
 
 ROOT = Path(__file__).resolve().parents[2]
-FAILING = News(id="1", incident="check:a", state="failing", title="a is red", link="/runs/1", group="g")
+FAILING = News(id="1", incident="check:a", state="failing", title="a is red", run="1", group="g")
 RESOLVED = News(id="2", incident="check:a", state="resolved")
 
 
@@ -32,7 +32,7 @@ def alerts(tmp_path: Path) -> OutboxAlerts:
 def routes_file(folder: Path, url: str) -> str:
     file = folder / "alerts.toml"
     file.write_text(
-        f'[channels.hook]\ntype = "webhook"\nurl = "{url}"\nsecret = "${{HOOK_SECRET}}"\n'
+        f'gather_seconds = 0\n[channels.hook]\ntype = "webhook"\nurl = "{url}"\nsecret = "${{HOOK_SECRET}}"\n'
         '[[routes]]\nchannels = ["hook"]\n'
     )
     return str(file)
@@ -47,6 +47,21 @@ def test_without_routes_the_outbox_keeps_what_happens(alerts: OutboxAlerts, tmp_
     assert (again.deliver(1).sent, again.channels()) == ((), [])
     again.tell([RESOLVED])
     assert (again.incidents(), len(again.incidents(all_of_them=True))) == ([], 1)
+
+
+def test_who_reads_from_a_bookmark_that_moved_is_told(alerts: OutboxAlerts) -> None:
+    alerts.tell([FAILING], {"checks": "7"}, {"checks": None})
+    with pytest.raises(Moved):
+        alerts.tell([RESOLVED], {"checks": "8"}, {"checks": None})
+    assert (len(alerts.incidents()), alerts.bookmark("checks")) == (1, "7")
+
+
+def test_what_the_routes_refer_to_is_kept_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOOK_SECRET", "correct horse")
+    alerts = OutboxAlerts(home=str(tmp_path), routes=routes_file(tmp_path, "http://127.0.0.1:9/"))
+    alerts.tell([News(id="1", incident="a", state="failing", title="signed with correct horse")])
+    assert [incident.title for incident in alerts.incidents()] == ["signed with ***"]
+    assert not any(b"correct horse" in file.read_bytes() for file in tmp_path.glob("outbox.db*"))
 
 
 def test_it_is_a_resource_like_any_other(alerts: OutboxAlerts) -> None:
@@ -144,7 +159,7 @@ def test_one_bad_channel_holds_up_no_other(tmp_path: Path, monkeypatch: pytest.M
 
     names = {"hangs": hang, "falls over": fall_over, "refuses": refuse, "works": None}
     channels = {name: Heard(name, trouble) for name, trouble in names.items()}
-    routes = Routes(channels, default=list(channels))
+    routes = Routes(channels, default=list(channels), gather_seconds=0)
     outbox = Outbox(f"sqlite:///{tmp_path}/outbox.db")
     outbox.tell([FAILING], {}, routes)
     delivery = deliver(outbox, routes, seconds=1.5)

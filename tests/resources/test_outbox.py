@@ -7,6 +7,7 @@ import multiprocessing
 import random
 import shutil
 import signal
+import sqlite3
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,12 +25,12 @@ from hypothesis import strategies as st
 from ml.errors import InputError
 from resources.alert_routes import Route, Routes
 from resources.alerting import channel_states, deliver
-from resources.alerts import Delivery, News
+from resources.alerts import Delivery, Moved, News
 from resources.channels import ChannelError, Message
 from resources.outbox import Outbox
 from resources.outbox_database import OutboxDatabase, batches, facts, incidents, notifications
 from tests.resources.alert_channels import Heard, Receiver
-from tests.resources.outbox_daemon import INCIDENTS, open_only, run_daemon
+from tests.resources.outbox_daemon import INCIDENTS, open_only, run_daemon, story
 
 MINUTE, HOUR, DAY = 60.0, 3600.0, 86400.0
 START = 1_800_000_000.0
@@ -52,7 +53,8 @@ class World:
         self.now = START
         self.outbox = self.another_process()
         self.channels = {name: Heard(name) for name in names}
-        self.routes = Routes(self.channels, **{"default": names, "seconds_between_messages": MINUTE} | routes)
+        pauses = {"seconds_between_messages": MINUTE, "gather_seconds": 0.0}
+        self.routes = Routes(self.channels, **{"default": names, **pauses} | routes)
 
     def another_process(self) -> Outbox:
         return Outbox(self.url, clock=lambda: self.now, chance=lambda: 0.5)
@@ -61,7 +63,7 @@ class World:
         """The routes are changed: these channels hear of everything."""
         self.channels |= {name: Heard(name) for name in names if name not in self.channels}
         known = {name: self.channels[name] for name in names}
-        self.routes = Routes(known, **{"default": names} | routes)
+        self.routes = Routes(known, **{"default": names, "gather_seconds": 0.0} | routes)
 
     def tell(self, *news: News, **bookmarks: str) -> list[News]:
         return self.outbox.tell(news, bookmarks, self.routes)
@@ -72,6 +74,19 @@ class World:
 
     def told(self, name: str = "people") -> list[tuple[str, str]]:
         return self.channels[name].told
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _disks_that_need_no_time() -> Iterator[None]:
+    """No test here cuts the power."""
+
+    def hurry(connection: Any, *_: object) -> None:
+        if isinstance(connection, sqlite3.Connection):
+            connection.execute("PRAGMA synchronous=OFF")
+
+    sa.event.listen(sa.pool.Pool, "checkout", hurry)
+    yield
+    sa.event.remove(sa.pool.Pool, "checkout", hurry)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -192,6 +207,58 @@ def test_bookmarks_are_kept_with_the_news(world: World) -> None:
     assert (world.outbox.bookmark("checks"), world.outbox.bookmark("runs")) == ("18", "x")
 
 
+def test_who_has_been_overtaken_keeps_nothing_and_reads_again(world: World) -> None:
+    bookmarks = {"checks": "17"}
+    world.outbox.tell([failing("a")], bookmarks, world.routes, {"checks": None, "runs": None})
+    for expected in ({"checks": None}, {"checks": "16"}, {"checks": "17", "runs": "1"}):
+        with pytest.raises(Moved, match="was read on by somebody else"):
+            world.outbox.tell([resolved("a")], {"checks": "18"}, world.routes, expected)
+    assert [incident.key for incident in world.outbox.incidents()] == ["a"]
+    assert world.outbox.bookmark("checks") == "17"
+    assert len(world.outbox.tell([resolved("a")], {"checks": "18"}, world.routes, bookmarks)) == 1
+
+
+def open_and_shut(world: World, *numbers: int, pause: float = 5 * MINUTE) -> None:
+    for number in numbers:
+        world.tell(failing("a", number))
+        world.tell(resolved("a", f"{number} over"))
+        world.now += pause
+
+
+def test_what_comes_and_goes_all_the_time_is_told_as_one_incident_until_it_is_quiet(world: World) -> None:
+    open_and_shut(world, 1, 2, 3)
+    (told,) = world.tell(failing("a", 4))
+    assert told.text == (
+        "It opened 4 times within an hour (flapping), and stays open until nothing was found for 30 min. "
+        "look at it"
+    )
+    assert world.tell(resolved("a", "4 over")) == []
+    for number in range(5, 9):
+        world.deliver(after=29 * MINUTE)
+        assert world.tell(failing("a", number), resolved("a", f"{number} over")) == []
+    world.deliver(after=29 * MINUTE)
+    assert world.told() == [("opened", "a"), ("resolved", "a")] * 3 + [("opened", "a")]
+    world.tell(resolved("a", "over again"))
+    world.deliver(after=MINUTE)
+    assert world.told()[-1] == ("resolved", "a")
+    assert world.channels["people"].lines[-1].text == "Nothing was found for 30 min."
+    assert world.outbox.incidents() == []
+
+
+def test_what_flaps_and_still_fails_stays_open_and_a_person_can_end_it(world: World) -> None:
+    open_and_shut(world, 1, 2, 3)
+    world.tell(failing("a", 4), resolved("a", "4 over"), failing("a", 5))
+    world.deliver(after=HOUR)
+    assert len(world.outbox.incidents()) == 1
+    assert len(world.tell(resolved("a", "by hand", by_hand=True))) == 1
+    assert world.outbox.incidents() == []
+
+
+def test_what_opens_again_now_and_then_does_not_flap(world: World) -> None:
+    open_and_shut(world, *range(6), pause=21 * MINUTE)
+    assert [one.state for one in world.outbox.incidents(all_of_them=True)] == ["resolved"] * 6
+
+
 def test_news_without_an_id_is_a_mistake_of_the_program_and_nothing_is_kept(world: World) -> None:
     with pytest.raises(ValueError, match="needs an id"):
         world.tell(failing("a"), News(id="", incident="b", state="failing"), checks="1")
@@ -210,6 +277,16 @@ def test_secrets_and_what_no_database_takes_stay_out(world: World) -> None:
     assert told.text == "\ufffd? https://***@example.com/t?token=***"
 
 
+def test_what_the_channels_keep_secret_is_in_no_text_and_no_key(world: World) -> None:
+    world.routes = Routes(world.channels, default=["people"], gather_seconds=0, secrets=["hidden in plain"])
+    text = "it said hidden in plain, hidden%20in%20plain"
+    world.tell(failing(f"key: {text}", title=text, text=text, link=f"/{text}"))
+    world.deliver()
+    kept = repr((world.outbox.incidents(), world.channels["people"].messages))
+    assert "hidden" not in kept
+    assert "it said ***, ***" in kept
+
+
 def test_texts_are_of_bearable_length_and_long_keys_stay_apart(world: World) -> None:
     long = "k" * 5000
     world.tell(failing(long + "1", title=long, text=long * 9), failing(long + "2"))
@@ -221,12 +298,28 @@ def test_texts_are_of_bearable_length_and_long_keys_stay_apart(world: World) -> 
 
 def test_links_lead_to_the_ui(world: World) -> None:
     world.routed("people", ui_url="https://dagster.example.com/")
-    world.tell(failing("a", link="/runs/1"), failing("b", link="https://elsewhere/x"), failing("c"))
+    world.tell(failing("a", link="/assets/a"), failing("b", link="https://elsewhere/x"), failing("c"))
     world.deliver()
     assert [line.link for line in world.channels["people"].lines] == [
-        "https://dagster.example.com/runs/1",
+        "https://dagster.example.com/assets/a",
         "https://elsewhere/x",
         "",
+    ]
+
+
+def test_the_newest_run_is_kept_beside_the_link(world: World) -> None:
+    world.routed("people", ui_url="https://dagster.example.com/", seconds_between_messages=0)
+    world.tell(failing("a", link="/assets/a", run="1"))
+    world.tell(failing("a", 2), failing("a", 3, "CRITICAL", run="3"), failing("b"))
+    assert [incident.run for incident in world.outbox.incidents()] == ["3", None]
+    world.tell(resolved("a", run="4"))
+    world.deliver()
+    runs = [(line.kind, line.run_link) for line in world.channels["people"].lines]
+    assert runs == [
+        ("opened", "https://dagster.example.com/runs/1"),
+        ("worse", "https://dagster.example.com/runs/3"),
+        ("opened", ""),
+        ("resolved", "https://dagster.example.com/runs/4"),
     ]
 
 
@@ -253,12 +346,28 @@ def test_what_opens_and_ends_before_it_is_sent_is_in_one_message(world: World) -
 def test_between_messages_there_is_a_pause_and_then_one_digest(world: World) -> None:
     world.tell(failing("a"))
     world.deliver()
-    for number in range(50):
+    for number in range(10):
         world.tell(failing(f"b{number}"))
         assert world.deliver(after=1).sent == ()
     assert world.outbox.channels(["people"])[0].waiting == 1
-    (line,) = world.deliver(after=10).sent
-    assert line == "people: opened: b0 is red (and 49 more)"
+    (line,) = world.deliver(after=50).sent
+    assert line == "people: opened: b0 is red (and 9 more)"
+
+
+def test_a_message_waits_for_what_comes_with_it(world: World) -> None:
+    world.routed("people", gather_seconds=30.0)
+    world.tell(failing("a"))
+    assert world.deliver().sent == ()
+    world.tell(failing("b"))
+    assert world.deliver(after=29).sent == ()
+    assert world.deliver(after=1).sent == ("people: opened: a is red (and 1 more)",)
+
+
+def test_what_is_critical_does_not_wait_and_takes_the_rest_along(world: World) -> None:
+    world.routed("people", gather_seconds=30.0)
+    world.tell(failing("a"))
+    world.tell(failing("b", severity="CRITICAL"))
+    assert world.deliver().sent == ("people: opened: a is red (and 1 more)",)
 
 
 def test_without_channels_everything_is_kept_and_nobody_is_told(world: World) -> None:
@@ -389,13 +498,13 @@ def test_a_channel_that_is_down_is_tried_ever_more_slowly_and_gets_the_same_mess
     people.trouble = down
     world.tell(failing("a"))
     times = []
-    while len(people.tries) < 10:
+    while len(people.tries) < 7:
         before = len(people.tries)
         world.deliver(after=45)
         if len(people.tries) > before:
             times.append(world.now)
     pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
-    assert pauses == [45, 90, 180, 360, 720, 1350, 1350, 1350, 1350]
+    assert pauses == [45, 90, 180, 360, 720, 1350]
     world.tell(failing("b"))
     assert world.deliver(after=HOUR).failed == ("people: nobody answers",)
     state = world.outbox.channels(["people"])[0]
@@ -468,6 +577,57 @@ def test_a_channel_that_refuses_everything_gets_one_digest_when_it_is_mended(wor
     assert sorted(line.incident for line in people.lines) == sorted(f"c{number}" for number in range(30))
 
 
+def test_messages_that_are_refused_again_and_again_are_set_aside_and_the_queue_goes_on(url: str) -> None:
+    world = World(url, reminder_hours={})
+    people = world.channels["people"]
+
+    def refuse_the_bad(message: Message) -> None:
+        if any(line.incident.startswith("bad") for line in message.lines):
+            raise ChannelError("too odd", permanent=True)
+
+    people.trouble = refuse_the_bad
+    for key in ("bad1", "bad2", "good"):
+        world.tell(failing(key))
+        world.deliver(after=MINUTE)
+    assert world.told() == []
+    for _ in range(11):
+        world.deliver(after=HOUR / 2)
+    assert world.told() == [("opened", "good")]
+    world.tell(resolved("bad1"), failing("fine"))
+    world.deliver(after=HOUR)
+    assert world.told() == [("opened", "good"), ("opened", "fine")]
+    (state,) = world.outbox.channels(["people"])
+    assert (state.waiting, state.set_aside, state.waiting_since, state.last_error) == (3, 2, "", "too odd")
+    tries = len(people.tries)
+    world.deliver(after=22 * HOUR)
+    assert len(people.tries) == tries
+    world.deliver(after=HOUR)
+    assert len(people.tries) == tries + 2
+    people.trouble = None
+    world.deliver(after=DAY)
+    world.deliver(after=MINUTE)
+    assert world.told()[2:] == [("opened", "bad1"), ("opened", "bad2"), ("resolved", "bad1")]
+
+
+def test_a_channel_says_since_when_its_oldest_message_waits(world: World) -> None:
+    def since() -> str:
+        return world.outbox.channels(["people"])[0].waiting_since
+
+    assert since() == ""
+    world.channels["people"].trouble = down
+    world.tell(failing("a"))
+    begun = since()
+    assert begun == "2027-01-15T08:00:00+00:00"
+    world.deliver(after=MINUTE)
+    world.tell(failing("b"))
+    world.deliver(after=HOUR)
+    assert since() == "2027-01-15T08:01:00+00:00"  # since it became a message
+    world.channels["people"].trouble = None
+    world.deliver(after=HOUR)
+    world.deliver(after=HOUR)
+    assert since() == ""
+
+
 def test_a_message_belongs_to_one_sender_at_a_time(world: World) -> None:
     world.tell(failing("a"))
     senders = [world.another_process() for _ in range(8)]
@@ -526,8 +686,8 @@ def test_what_comes_in_one_message_is_one_page_until_all_of_it_is_over(world: Wo
 def test_news_is_forgotten_30_days_after_it_was_told_for_the_last_time(world: World) -> None:
     notices = [News(id=name, incident=name, state="notice") for name in ("once", "again and again")]
     world.tell(*notices)
-    for _ in range(40):
-        world.now += DAY
+    for _ in range(8):
+        world.now += 5 * DAY
         assert world.tell(notices[1]) == []
     assert len(world.tell(*notices)) == 1
 
@@ -551,11 +711,11 @@ def test_what_was_sent_is_dropped_after_30_days_and_what_waits_never(url: str) -
     assert len(world.outbox.incidents(all_of_them=True)) == 2
 
 
-def test_a_hundred_thousand_old_incidents_slow_nothing_down(world: World) -> None:
+def test_tens_of_thousands_of_old_incidents_slow_nothing_down(world: World) -> None:
     world.tell(failing("a"))
-    numbers = "WITH RECURSIVE n(i) AS (SELECT 10 UNION ALL SELECT i + 1 FROM n WHERE i < 100009) "
+    numbers = "WITH RECURSIVE n(i) AS (SELECT 10 UNION ALL SELECT i + 1 FROM n WHERE i < 30009) "
     columns = {name: name for name in incidents.columns.keys()}  # noqa: SIM118 (columns, not their names)
-    columns |= {"id": "i", "number": "i", "state": "'resolved'", "key": "'k' || (i % 999)"}
+    columns |= {"id": "i", "number": "i", "state": "'resolved'", "key": "'k' || (i % 299)"}
     with OutboxDatabase(world.url).writing() as connection:
         connection.execute(
             sa.text(
@@ -566,14 +726,14 @@ def test_a_hundred_thousand_old_incidents_slow_nothing_down(world: World) -> Non
         connection.execute(
             sa.text(f"{numbers} INSERT INTO alert_news_seen SELECT CAST(i AS text), {START} FROM n")
         )
-    assert len(world.outbox.incidents(all_of_them=True)) == 100_001
+    assert len(world.outbox.incidents(all_of_them=True)) == 30_001
     world.deliver()
     begun = time.perf_counter()
     for number in range(10):
         world.tell(failing(f"k{number}"), at=str(number))
         world.deliver(after=MINUTE)
         world.outbox.incidents()
-    assert (time.perf_counter() - begun) / 10 < 0.5
+    assert (time.perf_counter() - begun) / 10 < 0.3
 
 
 # Faults
@@ -610,8 +770,7 @@ def killed_at(moment: int) -> Iterator[Callable[[], None]]:
 def test_whatever_the_moment_of_a_kill_each_is_told_once(tmp_path: Path) -> None:
     story = [
         [failing("a"), failing("b", severity="WARN")],
-        [failing("a", 2, "CRITICAL"), resolved("b")],
-        [resolved("a")],
+        [failing("a", 2, "CRITICAL"), resolved("b"), resolved("a")],
     ]
     Outbox(f"sqlite:///{tmp_path}/empty.db").bookmark("story")
     moments = 0
@@ -647,7 +806,7 @@ def test_whatever_the_moment_of_a_kill_each_is_told_once(tmp_path: Path) -> None
             [("opened", "a"), ("opened", "b"), ("worse", "a"), ("resolved", "b"), ("resolved", "a")]
         ), f"killed at moment {moment}"
         assert world.outbox.incidents() == []
-    assert moments > 50
+    assert moments > 40
 
 
 def test_whatever_the_moment_of_a_kill_the_next_process_finds_or_makes_the_tables(tmp_path: Path) -> None:
@@ -684,8 +843,8 @@ ACTIONS = st.one_of(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(actions=st.lists(ACTIONS, max_size=25))
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(actions=st.lists(ACTIONS, max_size=20))
 def test_whatever_happens_every_channel_hears_each_story_whole_and_in_order(
     actions: list[tuple[Any, ...]],
 ) -> None:
@@ -722,6 +881,7 @@ def test_whatever_happens_every_channel_hears_each_story_whole_and_in_order(
 
 # Processes
 
+KILLS = 12
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tests.resources.outbox_daemon", "resources.alerting", "resources.outbox"])
 
@@ -739,32 +899,41 @@ def test_processes_that_start_at_once_find_one_outbox(url: str) -> None:
 
 def test_daemons_that_are_killed_at_random_lose_and_double_nothing(url: str) -> None:
     chance = random.Random(4)
-    kills = 0
+    outbox = Outbox(url)
+    # Each time somewhere after so much of the story was told: however slow it goes, a daemon is at work.
+    kills = sorted(chance.sample(range(1, len(story()) * 3 // 4), KILLS))
+    killed_at_work = 0
     with Receiver(seed=4).running() as receiver:
-        daemons: list[Any] = []
-        end = time.monotonic() + 240
-        while time.monotonic() < end:
-            daemons = [one for one in daemons if one.is_alive() or one.exitcode]
-            for dead in [one for one in daemons if not one.is_alive()]:
-                assert dead.exitcode == -signal.SIGKILL
-                daemons.remove(dead)
-            if kills >= 40 and not daemons and _is_all_told(url):
-                break
-            while len(daemons) < 2:
-                daemon = PROCESSES.Process(target=run_daemon, args=(url, receiver.url), daemon=True)
-                daemon.start()
-                daemons.append(daemon)
-            time.sleep(chance.uniform(0.0, 0.25))
-            if kills < 40:
-                chance.choice(daemons).kill()
-                kills += 1
+        daemons = [_daemon(url, receiver.url) for _ in range(2)]
+        for place in kills:
+            while int(outbox.bookmark("story") or 0) < place:
+                time.sleep(0.002)
+            time.sleep(chance.uniform(0.0, 0.02))
+            doomed, works = daemons.pop(chance.randrange(2))
+            works.wait(60)
+            doomed.kill()
+            killed_at_work += not _is_all_told(url)
+            doomed.join(60)
+            assert doomed.exitcode == -signal.SIGKILL
+            daemons.append(_daemon(url, receiver.url))
+        for daemon, _ in daemons:
+            daemon.join(120)
+            assert daemon.exitcode == 0
         told = receiver.told
     wanted = {(kind, f"check-{number}", 1) for number in range(INCIDENTS) for kind in ("opened", "resolved")}
     assert dict(told) == dict.fromkeys(wanted, 2)  # once for each of the two channels
-    assert kills == 40
+    assert killed_at_work == KILLS
     assert receiver.changed == []
     assert receiver.requests > len(receiver.messages)
     assert Outbox(url).incidents() == []
+
+
+def _daemon(url: str, receiver: str) -> tuple[Any, Any]:
+    """A daemon, and an event that tells when it has begun to work."""
+    works = PROCESSES.Event()
+    daemon = PROCESSES.Process(target=run_daemon, args=(url, receiver, works), daemon=True)
+    daemon.start()
+    return daemon, works
 
 
 def _is_all_told(url: str) -> bool:
@@ -796,7 +965,7 @@ def test_tables_of_another_version_are_refused(world: World) -> None:
     world.tell(failing("a"))
     with OutboxDatabase(world.url).writing() as connection:
         connection.execute(facts.update().where(facts.c.name == "schema_version").values(value="99"))
-    with pytest.raises(InputError, match="has version 99 of its tables, and this code knows 1"):
+    with pytest.raises(InputError, match="has version 99 of its tables, and this code knows 2"):
         world.another_process().incidents()
 
 

@@ -30,7 +30,19 @@ from resources.redaction import without_secrets
         ("s3://bucket/offers@2026/*.csv", "s3://bucket/offers@2026/*.csv"),
         ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),
         ("no URI at all: a@b", "no URI at all: a@b"),
+        ("https://hooks.slack.com/services/T0/B0/abc: 404", "https://hooks.slack.com/*** 404"),
+        ("host=db password=hunter2 user=me", "host=db password=*** user=me"),
+        ("password='hunter 2' user=me", "password=*** user=me"),
+        ('{"api_key": "hunter\\" 2", "a": 1}', '{"api_key": ***, "a": 1}'),
+        ("{'client_secret': 'hunter2'}", "{'client_secret': ***}"),
+        ("AWS_SECRET_ACCESS_KEY: abc/def+g, next", "AWS_SECRET_ACCESS_KEY: *** next"),
+        ("MLFLOW_TRACKING_PASSWORD = hunter2", "MLFLOW_TRACKING_PASSWORD = ***"),
+        ("Authorization: Bearer abcdef.ghi-jkl", "Authorization: ***"),
+        ("it sent Bearer abcdef.ghi-jkl= twice", "it sent Bearer *** twice"),
+        ("password=a&b", "password=***"),
+        ('write password = "${MAIL_PASSWORD}"', 'write password = "${MAIL_PASSWORD}"'),
+        ("max_tokens=512, a bearer of news", "max_tokens=512, a bearer of news"),
     ],
 )
-def test_user_password_and_secrets_of_a_uri_are_not_shown(text, shown):
+def test_what_looks_like_a_secret_is_not_shown(text, shown):
     assert without_secrets(text) == shown

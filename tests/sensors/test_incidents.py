@@ -11,7 +11,7 @@ import pytest
 
 from offer_assets import policies
 from resources.alerting import OutboxAlerts
-from resources.alerts import Delivery, News
+from resources.alerts import ChannelState, Delivery, News
 from resources.artifact_store import FolderArtifactStore
 from resources.offer_feed import OfferFeed
 from resources.tracking import MlflowTracking
@@ -96,6 +96,26 @@ def test_sending_says_what_was_sent_and_what_was_not(
         "1 message waiting"
     )
     assert asked[0] < 60
+
+
+def test_a_channel_that_takes_nothing_is_told_to_the_others_until_it_does(
+    instance: dg.DagsterInstance, alerts: OutboxAlerts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    down = ChannelState(
+        channel="slack",
+        sent=0,
+        waiting=1,
+        waiting_since="2026-11-01T10:00:00+00:00",
+        set_aside=0,
+        last_error="answered 404 Not Found",
+    )
+    with monkeypatch.context() as patched:
+        patched.setattr(OutboxAlerts, "channels", lambda _: [down])
+        for told in (1, 0):
+            assert len(list(tick(alert_delivery, instance, alerts, tmp_path).asset_events)) == told
+        assert [incident.key for incident in alerts.incidents()] == ["channel:slack"]
+    tick(alert_delivery, instance, alerts, tmp_path)
+    assert alerts.incidents() == []
 
 
 def test_what_was_told_by_others_counts_as_open(

@@ -1,7 +1,11 @@
-"""New corrections or a newer day start one run; the same start none, unless their run failed."""
+"""New corrections or a newer day start one run; the same start none, unless their run failed.
+
+The clock is turned on by an hour and more between two ticks, unless a test says otherwise.
+"""
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +16,7 @@ from dagster._core.storage.tags import RUN_KEY_TAG
 from ml.artifacts import ArtifactRef
 from resources.artifact_store import FolderArtifactStore
 from resources.corrections_feed import CorrectionsFeed
+from sensors import new_corrections as module
 from sensors.new_corrections import new_corrections
 
 HEADER = "offer_id,category_id,decided_at\n"
@@ -28,8 +33,9 @@ def store(tmp_path: Path) -> FolderArtifactStore:
     return store
 
 
-def point(store: FolderArtifactStore, name: str, digest: str) -> None:
-    store.write_pointer(name, ArtifactRef(kind=name.partition("/")[0], key=digest, digest=digest, uri="u"))
+def point(store: FolderArtifactStore, name: str, digest: str, **metrics: int) -> None:
+    kind = name.partition("/")[0]
+    store.write_pointer(name, ArtifactRef(kind=kind, key=digest, digest=digest, uri="u", metrics=metrics))
 
 
 @pytest.fixture
@@ -47,12 +53,25 @@ def instance() -> Iterator[dg.DagsterInstance]:
 
 
 @pytest.fixture
-def tick(tmp_path: Path, store: FolderArtifactStore, folder: Path, instance: dg.DagsterInstance) -> Tick:
+def tick(
+    tmp_path: Path,
+    store: FolderArtifactStore,
+    folder: Path,
+    instance: dg.DagsterInstance,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Tick:
     """One tick; what it asks for becomes a run that ends as told (``None``: it is never launched)."""
+    clock = datetime.datetime(2026, 11, 3, 9, tzinfo=datetime.UTC)
+    monkeypatch.setattr(module, "_now", lambda: clock)
 
     def tick(
-        cursor: str | None = None, ending: dg.DagsterRunStatus | None = DONE, feed: str = str(folder)
+        cursor: str | None = None,
+        ending: dg.DagsterRunStatus | None = DONE,
+        feed: str = str(folder),
+        minutes_later: int = 61,
     ) -> dg.SensorResult:
+        nonlocal clock
+        clock += datetime.timedelta(minutes=minutes_later)
         resources = {
             "corrections_feed": CorrectionsFeed(feed=feed, home=str(tmp_path / "home")),
             "artifact_store": store,
@@ -121,6 +140,40 @@ def test_a_run_that_was_never_launched_is_asked_for_again_under_its_key(tick):
 
 def test_a_run_under_way_is_waited_for(tick):
     assert reason(tick(tick(ending=dg.DagsterRunStatus.STARTED).cursor)).startswith("a run measures 1 file")
+
+
+def test_files_that_come_while_a_run_is_open_are_measured_by_one_run_after_it(tick, folder, instance):
+    first = tick(ending=dg.DagsterRunStatus.STARTED)
+    cursor = first.cursor
+    for number in range(5):
+        (folder / f"more-{number}.csv").write_text(HEADER + f"o{number},a,2026-11-03\n")
+        result = tick(cursor)
+        assert "of measure_quality is not finished: " in reason(result)
+        cursor = result.cursor
+    (run,) = instance.get_runs()
+    instance.report_run_canceled(run)
+    newest = tick(cursor)
+    assert len(keys(newest)) == 1
+    assert keys(newest) != keys(first)
+    assert reason(tick(newest.cursor)).startswith("nothing new: 6 files")
+
+
+def test_there_is_one_run_an_hour(tick, folder):
+    first = tick()
+    (folder / "2.csv").write_text(HEADER)
+    early = tick(first.cursor, minutes_later=59)
+    assert reason(early) == (
+        "one run an hour: 2 files of corrections and the catalogued days to 2026-11-02 are measured from "
+        "11:01 UTC on"
+    )
+    assert len(keys(tick(early.cursor, minutes_later=1))) == 1
+
+
+def test_a_feed_that_lost_all_its_files_is_no_feed_that_has_none_yet(tick, folder, store):
+    (folder / "1.csv").unlink()
+    assert reason(tick()) == "the corrections feed has no file yet"
+    point(store, "corrections", "c", files=12)
+    assert len(keys(tick())) == 1
 
 
 def test_a_failed_run_is_tried_three_times_and_then_left_to_people(tick, folder):
