@@ -19,7 +19,7 @@ from ml.errors import InputError
 from resources.atomic_files import only_one
 from resources.redaction import without_secrets
 
-_SCHEMA_VERSION = "2"
+_SCHEMA_VERSION = "1"
 _LOCKED_FOR_SECONDS = 30
 """So long another writer is waited for; he needs milliseconds."""
 _WRITER_LOCK = 0x6F7574626F78

@@ -40,7 +40,8 @@ def test_each_day_gives_a_share_of_the_offers_that_are_looked_at_and_all_are_cou
     folder, metrics = world.reference(days, offers_per_day=200, max_offers=400)
     assert (metrics["offers"], metrics["offers_looked_at"]) == (1200, 400)
     series = pq.read_table(folder / "series.parquet").to_pandas()
-    volume = series[(series["question"] == VOLUME) & (series["group"] == "")]
+    volume = series[(series["measure"] == "offers") & (series["segment"] == "") & (series["group"] == "")]
+    assert set(volume["question"]) == {VOLUME}
     assert volume["value"].tolist() == [300.0] * 4
     length = series[
         (series["measure"] == "title length") & (series["segment"] == "") & (series["group"] == "")
@@ -87,7 +88,8 @@ def test_a_day_without_offers_among_others_is_counted_as_such(world):
     folder, metrics = world.reference(days)
     assert metrics["offers"] == 400
     series = pq.read_table(folder / "series.parquet").to_pandas()
-    volume = series[(series["question"] == VOLUME) & (series["group"] == "")]
+    volume = series[(series["measure"] == "offers") & (series["segment"] == "") & (series["group"] == "")]
+    assert set(volume["question"]) == {VOLUME}
     assert volume["value"].tolist() == [200.0, 0.0, 200.0]
 
 

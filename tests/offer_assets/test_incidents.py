@@ -577,7 +577,7 @@ def test_a_feed_that_takes_long_is_not_waited_for_nor_asked_twice_at_once(
 
     def days() -> list[str]:
         asked.append(threading.current_thread())
-        answers.wait(60)
+        answers.wait(10)
         return [FIFTH]
 
     plant.store.write_pointer(
@@ -1110,8 +1110,9 @@ def test_what_is_told_is_observed_with_its_incident(plant: Plant) -> None:
     assert opened.asset_key == ALERTS.key
     assert (opened.description, resolved.description) == (title, f"resolved: {title}")
     assert opened.metadata["severity"].value == "ERROR"
-    assert opened.metadata["link"] == dg.MetadataValue.url(
-        "/assets/drift_report?view=checks&checkDetail=volume_is_usual"
-    )
-    assert opened.metadata["run"] == dg.MetadataValue.dagster_run(run_id)
+    link, run = opened.metadata["link"], opened.metadata["run"]
+    assert isinstance(link, dg.UrlMetadataValue)
+    assert link.value == "/assets/drift_report?view=checks&checkDetail=volume_is_usual"
+    assert isinstance(run, dg.DagsterRunMetadataValue)
+    assert run.value == run_id
     plant.instance.report_runless_asset_event(opened)

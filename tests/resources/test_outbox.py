@@ -910,7 +910,7 @@ def test_daemons_that_are_killed_at_random_lose_and_double_nothing(url: str) -> 
                 time.sleep(0.002)
             time.sleep(chance.uniform(0.0, 0.02))
             doomed, works = daemons.pop(chance.randrange(2))
-            works.wait(60)
+            assert works.wait(60)
             doomed.kill()
             killed_at_work += not _is_all_told(url)
             doomed.join(60)
