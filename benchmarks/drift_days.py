@@ -30,8 +30,8 @@ from ml.artifacts import read_manifest
 from ml.demo.feed import DemoFeed
 from ml.demo.offers import CHUNK_OFFERS, OfferMaker
 from ml.demo.words import COUNTRIES, LANGUAGES, NEW_MARKETING
-from ml.drift.frame import DayTotals
 from ml.drift.measures import MISSING
+from ml.drift.totals import DayTotals
 from ml.learning.fast_model import FastModel
 from ml.offers import CLEAN_FILE, FEED_COLUMNS, QUARANTINE_FILE, offer_texts
 from ml.progress import Progress

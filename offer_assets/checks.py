@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
 from dagster import PreviewWarning
 
+from ml.drift.answers import Answer
 from ml.evaluation.gate import Proposition
+from offer_assets.metadata import picture, table
 
 
 def partitioned_check(
@@ -35,3 +38,50 @@ def check_result(proposition: Proposition) -> dg.AssetCheckResult:
     if proposition.value is not None:
         metadata["value"] = proposition.value
     return dg.AssetCheckResult(passed=proposition.passed, description=proposition.sentence, metadata=metadata)
+
+
+def answer_result(
+    answer: Answer, report: Path, *, may_be_unknown: bool, complete: bool = True
+) -> dg.AssetCheckResult:
+    """An answer of monitoring, as the UI shows it. What should be known and is not did not pass.
+
+    By ``level`` and ``complete``, whoever looks for incidents knows that passing says nothing yet
+    (``offer_assets.check_outcomes.is_no_answer``).
+
+    Args:
+        answer: To the question that the check asks.
+        report: The stored page; the plots lie beside it.
+        may_be_unknown: Whether there is nothing wrong with not knowing.
+        complete: Whether what was asked about is over.
+    """
+    findings = [
+        {
+            "what": finding.measure,
+            "where": finding.group or "all offers",
+            "segment": finding.segment,
+            "value": finding.value,
+            "usual": finding.usual,
+            "usual_low": finding.usual_low,
+            "usual_high": finding.usual_high,
+            "days": finding.days,
+            "p_value": finding.p_value,
+            "level": finding.level,
+            "in_words": finding.sentence,
+        }
+        for finding in answer.findings
+    ]
+    shown = {"plot": picture((report.parent / answer.picture).read_bytes())} if answer.picture else {}
+    return dg.AssetCheckResult(
+        passed=answer.level == "OK" or (answer.level == "UNKNOWN" and may_be_unknown),
+        severity=dg.AssetCheckSeverity.ERROR if answer.level == "ERROR" else dg.AssetCheckSeverity.WARN,
+        description=f"UNKNOWN: {answer.sentence}" if answer.level == "UNKNOWN" else answer.sentence,
+        metadata={
+            **shown,
+            "level": answer.level,
+            "complete": complete,
+            "series_tested": answer.series,
+            "findings": table(findings),
+            "findings_in_all": answer.found,
+            "report": dg.MetadataValue.path(report),
+        },
+    )

@@ -9,7 +9,7 @@ import dagster as dg
 import msgspec
 
 from ml.artifacts import ArtifactRef, Manifest
-from ml.drift.answers import Answer, DayReport, Question
+from ml.drift.answers import DayReport, Question
 from ml.drift.questions import AGREEMENT, QUESTIONS
 from ml.errors import InputError
 from ml.evaluation.verification import same_offers
@@ -21,7 +21,7 @@ from ml.stages import (
     DriftReferenceParameters,
 )
 from offer_assets import policies
-from offer_assets.checks import partitioned_check
+from offer_assets.checks import answer_result, partitioned_check
 from offer_assets.metadata import materialization, picture, row_count, schema, table
 from offer_assets.taxonomy import taxonomy_in_force
 from resources.artifact_store import ArtifactStore
@@ -31,6 +31,8 @@ from resources.failures import input_errors_fail_plainly
 from resources.tracking import Tracking
 
 DRIFT_REPORT = "drift_report"
+
+_PAGE = "report.html"
 
 _EARLIER_DAYS = 6
 """With the day itself a week: each weekday once."""
@@ -217,9 +219,9 @@ def _question_check(question: Question, days: dg.DailyPartitionsDefinition) -> d
         folder = compute.folder(drift_report)
         answers = {answer.question: answer for answer in read_day_report(folder).answers}
         made_of = compute.manifest(drift_report)
-        return _check_result(
+        return answer_result(
             answers[question.name],
-            folder,
+            folder / _PAGE,
             may_be_unknown=_may_be_unknown(question, made_of),
             complete=made_of.parameters["complete"],
         )
@@ -235,49 +237,6 @@ def _may_be_unknown(question: Question, made_of: Manifest) -> bool:
     """
     is_over = made_of.parameters["complete"]
     return not is_over or (question.name == AGREEMENT and "fast_checkpoint" not in made_of.inputs)
-
-
-def _check_result(
-    answer: Answer, folder: Path, *, may_be_unknown: bool, complete: bool
-) -> dg.AssetCheckResult:
-    """An answer as the UI shows it. What should be known and is not did not pass: it is not usual.
-
-    By ``level`` and ``complete``, whoever looks for incidents knows that passing says nothing yet
-    (``offer_assets.check_outcomes.is_no_answer``).
-    """
-    findings = [
-        {
-            "what": finding.measure,
-            "where": finding.group or "all offers",
-            "segment": finding.segment,
-            "value": finding.value,
-            "usual": finding.usual,
-            "usual_low": finding.usual_low,
-            "usual_high": finding.usual_high,
-            "days": finding.days,
-            "p_value": finding.p_value,
-            "level": finding.level,
-            "in_words": finding.sentence,
-        }
-        for finding in answer.findings
-    ]
-    shown: dict[str, Any] = (
-        {"plot": picture((folder / answer.picture).read_bytes())} if answer.picture else {}
-    )
-    return dg.AssetCheckResult(
-        passed=answer.level == "OK" or (answer.level == "UNKNOWN" and may_be_unknown),
-        severity=dg.AssetCheckSeverity.ERROR if answer.level == "ERROR" else dg.AssetCheckSeverity.WARN,
-        description=answer.sentence,
-        metadata={
-            **shown,
-            "level": answer.level,
-            "complete": complete,
-            "series_tested": answer.series,
-            "findings": table(findings),
-            "findings_in_all": answer.found,
-            "report": dg.MetadataValue.path(folder / "report.html"),
-        },
-    )
 
 
 def _describe(folder: Path) -> dict[str, Any]:
@@ -305,7 +264,7 @@ def _describe(folder: Path) -> dict[str, Any]:
     return {
         "summary": report.sentence,
         "answers": table(answers),
-        "report": dg.MetadataValue.path(folder / "report.html"),
+        "report": dg.MetadataValue.path(folder / _PAGE),
         **pictures,
         "distances_of_columns": table(distances),
     }

@@ -8,11 +8,11 @@ import dagster as dg
 import msgspec
 
 from ml.artifacts import ArtifactRef
-from ml.drift.answers import Answer
 from ml.errors import InputError
 from ml.quality.questions import FEED_QUESTIONS, QUESTIONS
 from ml.stages import STAGES, CorrectionsParameters, LiveQualityParameters
 from offer_assets import policies
+from offer_assets.checks import answer_result
 from offer_assets.metadata import materialization, picture, row_count, schema, table
 from offer_assets.taxonomy import taxonomy_in_force
 from resources.artifact_store import ArtifactStore
@@ -226,43 +226,9 @@ def _question_check(name: str, description: str) -> dg.AssetChecksDefinition:
         folder = compute.folder(live_quality)
         report = read_quality_report(folder)
         (answer,) = (answer for answer in report.answers if answer.question == name)
-        return _check_result(answer, folder, may_be_unknown=is_of_the_feed or report.may_be_unknown)
+        return answer_result(answer, folder / _PAGE, may_be_unknown=is_of_the_feed or report.may_be_unknown)
 
     return check
-
-
-def _check_result(answer: Answer, folder: Path, *, may_be_unknown: bool) -> dg.AssetCheckResult:
-    findings = [
-        {
-            "what": finding.measure,
-            "where": finding.group or "all offers",
-            "segment": finding.segment,
-            "value": finding.value,
-            "usual": finding.usual,
-            "usual_low": finding.usual_low,
-            "usual_high": finding.usual_high,
-            "p_value": finding.p_value,
-            "level": finding.level,
-            "in_words": finding.sentence,
-        }
-        for finding in answer.findings
-    ]
-    shown: dict[str, Any] = (
-        {"plot": picture((folder / answer.picture).read_bytes())} if answer.picture else {}
-    )
-    return dg.AssetCheckResult(
-        passed=answer.level == "OK" or (answer.level == "UNKNOWN" and may_be_unknown),
-        severity=dg.AssetCheckSeverity.ERROR if answer.level == "ERROR" else dg.AssetCheckSeverity.WARN,
-        description=answer.sentence if answer.level != "UNKNOWN" else f"UNKNOWN: {answer.sentence}",
-        metadata={
-            **shown,
-            "level": answer.level,
-            "series_tested": answer.series,
-            "findings": table(findings),
-            "findings_in_all": answer.found,
-            "report": dg.MetadataValue.path(folder / _PAGE),
-        },
-    )
 
 
 def _offers_behind(

@@ -28,6 +28,7 @@ from ml.taxonomy import PATH_SEPARATOR
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 Objects = npt.NDArray[np.object_]
+Mask = npt.NDArray[np.bool_]
 
 MISSING, OTHER, NEW = "(missing)", "(other)", "(not in the reference)"
 

@@ -13,9 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ml.cores import available_cores
-from ml.drift.frame import DayTotals, Frame, totals_of
+from ml.drift.expected import weekdays_are_known
+from ml.drift.frame import Frame
 from ml.drift.sample import TRAINED_FILE, rows_of, sampled_offers, with_fast_model, write_trained
-from ml.drift.series import weekdays_are_known
+from ml.drift.totals import DayTotals, totals_of
 from ml.progress import Bar
 from ml.runner import StageContext
 from ml.serving.predictor import Predictor

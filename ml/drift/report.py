@@ -18,11 +18,13 @@ import pyarrow.parquet as pq
 from ml.artifacts import read_manifest, short_version
 from ml.drift.answers import LEVELS, Answer, DayReport, DistanceOfColumn, Question
 from ml.drift.evidently_report import LEAST_OFFERS, write_evidently_report
-from ml.drift.frame import SERIES_FILE, DayTotals, Frame, totals_of
+from ml.drift.expected import weekdays_are_known
+from ml.drift.frame import SERIES_FILE, Frame
 from ml.drift.plots import picture
 from ml.drift.questions import AGREEMENT, LIMITS, QUESTIONS, TAXONOMY_IN_FORCE, UNKNOWN_UNTIL_THE_DAY_IS_OVER
 from ml.drift.sample import TRAINED_FILE, rows_of, sampled_offers, with_fast_model
-from ml.drift.series import Judgement, expectations, judge, weekdays_are_known
+from ml.drift.series import Judgement, expectations, judge
+from ml.drift.totals import DayTotals, totals_of
 from ml.errors import InputError
 from ml.runner import StageContext
 from ml.stages import DriftParameters

@@ -17,10 +17,11 @@ import ml.drift.reference
 import ml.drift.sample
 from ml.artifacts import artifact_key, read_manifest, write_manifest
 from ml.drift.answers import DayReport, Finding
-from ml.drift.frame import DayTotals, Frame, totals_of
+from ml.drift.frame import Frame
 from ml.drift.reference import write_drift_reference
 from ml.drift.report import write_drift_report
 from ml.drift.series import Judgement, judge
+from ml.drift.totals import DayTotals, totals_of
 from ml.offers import CLEAN_SCHEMA, offer_text
 from ml.progress import Progress
 from ml.runner import StageContext

@@ -15,7 +15,7 @@ from benchmarks.drift_days import ALTERATIONS, FIRST_DAY, KINDS, STRENGTHS, TRUN
 from benchmarks.drift_trust import Answers, Episode, Outcome, UsualDays, drift_rows, usual_rows
 from ml.demo.feed import DemoFeed
 from ml.demo.words import COUNTRIES
-from ml.drift.frame import totals_of
+from ml.drift.totals import totals_of
 from ml.offers import CLEAN_FILE, CLEAN_SCHEMA, QUARANTINE_FILE
 
 _KINDS = {kind.name: kind for kind in KINDS}

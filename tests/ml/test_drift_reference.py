@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ml.drift.answers import SERIES_SCHEMA
-from ml.drift.frame import Frame, totals_of
+from ml.drift.frame import Frame
 from ml.drift.measures import MISSING, NEW, OTHER, Bins, Names
 from ml.drift.questions import QUESTIONS, TITLES_WITH_WORD, VOLUME
 from ml.drift.sample import sampled_offers, write_trained
+from ml.drift.totals import totals_of
 from ml.errors import InputError
 from ml.offers import CLEAN_SCHEMA
 from tests.ml.drift_world import DriftWorld, days_before, offers_of, write_day

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ml.drift.answers import LEVELS, SERIES_SCHEMA
-from ml.drift.frame import _SIGNS
+from ml.drift.day_series import SIGNS
+from ml.drift.expected import weekdays_are_known
 from ml.drift.measures import DAMAGES, NEW
 from ml.drift.questions import (
     AGREEMENT,
@@ -31,7 +32,7 @@ from ml.drift.questions import (
     WORDING,
     Limits,
 )
-from ml.drift.series import expectations, judge, weekdays_are_known
+from ml.drift.series import expectations, judge
 
 COUNTRIES = {"DE": 0.40, "FR": 0.30, "IT": 0.16, "ES": 0.10, "AT": 0.03, "CZ": 0.01}
 MONDAY = datetime.date(2026, 1, 5)
@@ -349,7 +350,7 @@ def test_fewer_letters_beyond_a_to_z_are_an_error():
 
 def test_every_rule_of_one_direction_or_segment_is_about_a_series_that_there_is():
     assert set(DAMAGED_TITLES) == {"with signs of damaged encoding", *DAMAGES}
-    signs = {(sign.question, sign.measure, sign.segment) for sign in _SIGNS}
+    signs = {(sign.question, sign.measure, sign.segment) for sign in SIGNS}
     for harmless in HARMLESS:
         if harmless.measure == "titles":
             assert {(harmless.question, "titles", s) for s in harmless.segments} <= signs

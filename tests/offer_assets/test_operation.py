@@ -367,7 +367,7 @@ def test_every_question_is_a_check_that_says_what_moved(operation, level, passed
     assert (check.passed, check.severity.value, check.description) == (
         passed,
         severity,
-        f"{SHOP_MIX} is {level}",
+        f"UNKNOWN: {SHOP_MIX} is UNKNOWN" if level == "UNKNOWN" else f"{SHOP_MIX} is {level}",
     )
     assert check.partition == date(2)
     shown = {name: value.value for name, value in check.metadata.items()}
@@ -388,7 +388,7 @@ def test_what_cannot_be_told_yet_is_no_failure(operation, monkeypatch):
     ASKED.levels = {SHOP_MIX: "UNKNOWN", PRICES: "WARN"}
     checks = {check.check_name: check for check in operation.run(2).get_asset_check_evaluations()}
     assert [name for name, check in checks.items() if not check.passed] == [PRICES]
-    assert checks[SHOP_MIX].description == f"{SHOP_MIX} is UNKNOWN"
+    assert checks[SHOP_MIX].description == f"UNKNOWN: {SHOP_MIX} is UNKNOWN"
     assert {check.metadata["complete"].value for check in checks.values()} == {False}
 
 
