@@ -71,11 +71,13 @@ def answer_result(
         for finding in answer.findings
     ]
     shown = {"plot": picture((report.parent / answer.picture).read_bytes())} if answer.picture else {}
+    sentence = f"UNKNOWN: {answer.sentence}" if answer.level == "UNKNOWN" else answer.sentence
     return dg.AssetCheckResult(
         passed=answer.level == "OK" or (answer.level == "UNKNOWN" and may_be_unknown),
         severity=dg.AssetCheckSeverity.ERROR if answer.level == "ERROR" else dg.AssetCheckSeverity.WARN,
-        description=f"UNKNOWN: {answer.sentence}" if answer.level == "UNKNOWN" else answer.sentence,
+        description=sentence,
         metadata={
+            "answer": sentence,  # the check's page shows the metadata, the lists show the description
             **shown,
             "level": answer.level,
             "complete": complete,

@@ -198,7 +198,7 @@ def test_the_page_of_a_red_check_shows_what_moved(drifted_day: DriftedDay, tmp_p
         page = browser.new_page(viewport={"width": 1600, "height": 1300})
         for name, path, text in (
             ("drift-check", "/assets/drift_report?view=checks&checkDetail=volume_is_usual", "country IT"),
-            ("drift-report", "/assets/drift_report?view=overview", "sentence"),
+            ("drift-report", "/assets/drift_report?view=overview", "distances_of_columns"),
             ("alerts", "/assets/alerts?view=events", "volume_is_usual"),
         ):
             page.goto(drifted_day.ui.url + path)
