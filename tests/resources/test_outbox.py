@@ -965,7 +965,7 @@ def test_tables_of_another_version_are_refused(world: World) -> None:
     world.tell(failing("a"))
     with OutboxDatabase(world.url).writing() as connection:
         connection.execute(facts.update().where(facts.c.name == "schema_version").values(value="99"))
-    with pytest.raises(InputError, match="has version 99 of its tables, and this code knows 2"):
+    with pytest.raises(InputError, match="has version 99 of its tables, and this code knows 1"):
         world.another_process().incidents()
 
 
