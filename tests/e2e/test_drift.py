@@ -203,7 +203,7 @@ def test_the_page_of_a_red_check_shows_what_moved(drifted_day: DriftedDay, tmp_p
         for name, path, text in (
             ("drift-check", "/assets/drift_report?view=checks&checkDetail=volume_is_usual", "country IT"),
             ("drift-report", "/assets/drift_report?view=overview", "distances_of_columns"),
-            ("alerts", "/assets/alerts?view=events", "volume_is_usual"),
+            ("alerts", "/assets/alerts?view=events", "Observed"),
         ):
             page.goto(drifted_day.ui.url + path)
             page.get_by_text(text).first.wait_for(timeout=60_000)
