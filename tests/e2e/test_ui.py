@@ -125,7 +125,7 @@ def test_the_pages_look_as_they_should(ui: Ui, drifted: Answer, tmp_path: Path) 
             ("groups", "/asset-groups", "operation"),
             ("graph", "/locations/offer_assets/asset-groups/training/lineage", "teacher_checkpoint"),
             ("asset", "/assets/student_evaluation?view=overview", "worst_categories"),
-            ("check", "/assets/drift_report?view=checks&checkDetail=volume_is_usual", "country IT"),
+            ("check", "/assets/drift_report?view=checks&checkDetail=volume_is_usual", "series_tested"),
         ):
             page.goto(ui.url + path)
             page.get_by_text(text).first.wait_for(timeout=60_000)
