@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import dagster as dg
 
-from ml.artifacts import ArtifactRef, read_manifest
+from ml.artifacts import ArtifactRef
 from ml.errors import InputError
 from offer_assets.instance import FEED_TAG, feed_tag
 from offer_assets.models import WARM
@@ -184,7 +184,7 @@ def _is_expected(date: datetime.date, taken: Mapping[str, object]) -> bool:
 
 def _is_of_a_whole_day(artifact_store: ArtifactStore, report: ArtifactRef) -> bool:
     try:
-        return bool(read_manifest(artifact_store.fetch(report, check=False)).parameters.get("complete"))
+        return bool(artifact_store.manifest(report).parameters.get("complete"))
     except InputError:
         return False
 

@@ -16,7 +16,7 @@ import dagster as dg
 import msgspec
 from typing_extensions import override
 
-from ml.artifacts import MANIFEST, ArtifactRef, read_manifest, reference, verify
+from ml.artifacts import MANIFEST, ArtifactRef, Manifest, read_manifest, reference, verify
 from ml.errors import InputError
 from resources.atomic_files import write_atomically
 
@@ -47,6 +47,14 @@ class ArtifactStore(dg.ConfigurableResource[Any], ABC):
 
         Raises:
             InputError: the artifact is gone, was replaced, or differs from its digests.
+        """
+
+    @abstractmethod
+    def manifest(self, ref: ArtifactRef) -> Manifest:
+        """What the artifact says of itself, at the cost of one small file.
+
+        Raises:
+            InputError: the artifact is gone or was replaced.
         """
 
     @abstractmethod
@@ -122,9 +130,17 @@ class FolderArtifactStore(ArtifactStore):
         folder = self.destination(ref.kind, ref.key)
         if check:
             verify(folder, kinds=[ref.kind], digest=ref.digest)
-        elif (found := read_manifest(folder)).digest != ref.digest:
-            raise InputError(f"{folder} has digest {found.digest}, expected {ref.digest}; it was replaced")
+        else:
+            self.manifest(ref)
         return folder
+
+    @override
+    def manifest(self, ref: ArtifactRef) -> Manifest:
+        folder = self.destination(ref.kind, ref.key)
+        found = read_manifest(folder)
+        if found.digest != ref.digest:
+            raise InputError(f"{folder} has digest {found.digest}, expected {ref.digest}; it was replaced")
+        return found
 
     @override
     def destination(self, kind: str, key: str) -> Path:

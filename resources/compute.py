@@ -14,7 +14,7 @@ import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -24,11 +24,11 @@ import msgspec
 from typing_extensions import override
 
 import ml
-from ml.artifacts import ArtifactRef, Manifest, read_manifest
+from ml.artifacts import ArtifactRef, Manifest
 from ml.errors import InputError
 from ml.progress import Progress
 from ml.runner import StageSpec, key_of, run_stage
-from ml.stages import Parameters, stage_named
+from ml.stages import Parameters, Stage, stage_named
 from resources.artifact_store import ArtifactStore
 from resources.atomic_files import only_one, write_atomically
 from resources.failures import input_errors_fail_plainly
@@ -54,9 +54,21 @@ class StageResult(msgspec.Struct, frozen=True):
 
 
 class Compute(dg.ConfigurableResource[Any], ABC):
-    """Where stages run."""
+    """Where stages run. What is known of an artifact comes from the store, wherever that is."""
+
+    # Dagster reads this annotation as it stands: no postponed annotations in this module.
+    store: dg.ResourceDependency[ArtifactStore]
 
     @abstractmethod
+    def _make(self, context: AnyContext, stage: Stage, key: str, work: "StageWork") -> None:
+        """Make an artifact that is not there yet; afterwards the store has it.
+
+        Raises:
+            InputError: inputs or parameters are wrong.
+            dg.Failure: the stage ended otherwise.
+        """
+
+    @input_errors_fail_plainly()
     def run(
         self, context: AnyContext, stage_name: str, inputs: StageInputs, parameters: Parameters
     ) -> StageResult:
@@ -73,24 +85,37 @@ class Compute(dg.ConfigurableResource[Any], ABC):
             dg.Failure: the stage ended otherwise (a crash, a kill). It may be retried, and continues
                 from its last checkpoint.
         """
+        stage = stage_named(stage_name)
+        flat = _by_partition(inputs)
+        key = key_of(stage, parameters, {name: ref.digest for name, ref in flat.items()})
+        if found := self.store.find(stage.name, key):
+            context.log.info(f"{stage.name} is unchanged: found {found.uri}")
+            return self._result(found, reused=True)
+        self._make(context, stage, key, StageWork(inputs=flat, parameters=parameters))
+        made = self.store.find(stage.name, key)
+        if made is None:
+            raise InputError(f"{stage.name} {key} was made, but the store does not have it: run again")
+        return self._result(made, reused=False)
 
-    @abstractmethod
+    @input_errors_fail_plainly()
     def folder(self, ref: ArtifactRef) -> Path:
         """The local, verified folder of an artifact.
 
         Raises:
             InputFailure: the artifact is gone or damaged.
         """
+        return self.store.fetch(ref)
 
-    @abstractmethod
+    @input_errors_fail_plainly()
     def manifest(self, ref: ArtifactRef) -> Manifest:
         """The manifest of an artifact.
 
         Raises:
             InputFailure: the artifact is gone.
         """
+        return self.store.manifest(ref)
 
-    @abstractmethod
+    @input_errors_fail_plainly()
     def origin(self, ref: ArtifactRef, *kinds: str) -> ArtifactRef:
         """What an artifact was made of, some steps back.
 
@@ -102,54 +127,6 @@ class Compute(dg.ConfigurableResource[Any], ABC):
         Raises:
             InputFailure: an artifact on the way is gone, or was not made of such an input.
         """
-
-
-class LocalCompute(Compute):
-    """This machine: light stages in this process, heavy ones in a subprocess."""
-
-    # Dagster reads this annotation as it stands: no postponed annotations in this module.
-    store: dg.ResourceDependency[ArtifactStore]
-    program: str = "ml"
-    """Module whose command line knows the heavy stages."""
-
-    @override
-    @input_errors_fail_plainly()
-    def run(
-        self, context: AnyContext, stage_name: str, inputs: StageInputs, parameters: Parameters
-    ) -> StageResult:
-        stage = stage_named(stage_name)
-        flat = _by_partition(inputs)
-        key = key_of(stage, parameters, {name: ref.digest for name, ref in flat.items()})
-        if found := self.store.find(stage.name, key):
-            context.log.info(f"{stage.name} is unchanged: found {found.uri}")
-            return self._result(found, reused=True)
-        spec = StageSpec(
-            stage=stage.name,
-            # The runner verifies its inputs: checking them here too would read every file twice.
-            inputs={name: str(self.store.fetch(ref, check=False)) for name, ref in flat.items()},
-            parameters=msgspec.to_builtins(parameters),
-            output=str(self.store.destination(stage.name, key)),
-            workspace=str(self.store.workspace(stage.name, key)),
-        )
-        if stage.heavy:
-            self._run_heavy(context, spec)
-        else:
-            run_stage(spec, Progress(stage.name, context.log.info))
-        return self._result(self.store.adopt(stage.name, key), reused=False)
-
-    @override
-    @input_errors_fail_plainly()
-    def folder(self, ref: ArtifactRef) -> Path:
-        return self.store.fetch(ref)
-
-    @override
-    @input_errors_fail_plainly()
-    def manifest(self, ref: ArtifactRef) -> Manifest:
-        return read_manifest(self.store.fetch(ref, check=False))
-
-    @override
-    @input_errors_fail_plainly()
-    def origin(self, ref: ArtifactRef, *kinds: str) -> ArtifactRef:
         for kind in kinds:
             digest = self.manifest(ref).inputs.get(kind)
             found = self.store.find_by_digest(kind, digest) if digest is not None else None
@@ -159,6 +136,45 @@ class LocalCompute(Compute):
                 )
             ref = found
         return ref
+
+    def _run_here(self, stage: Stage, key: str, work: "StageWork", run: Callable[[StageSpec], Any]) -> None:
+        """Have ``run`` make the artifact from local copies of its inputs, and give it to the store."""
+        spec = StageSpec(
+            stage=stage.name,
+            # The runner verifies its inputs: checking them here too would read every file twice.
+            inputs={name: str(self.store.fetch(ref, check=False)) for name, ref in work.inputs.items()},
+            parameters=msgspec.to_builtins(work.parameters),
+            output=str(self.store.destination(stage.name, key)),
+            workspace=str(self.store.workspace(stage.name, key)),
+        )
+        run(spec)
+        self.store.adopt(stage.name, key)
+
+    def _result(self, ref: ArtifactRef, *, reused: bool) -> StageResult:
+        return StageResult(ref=ref, reused=reused, manifest=self.manifest(ref))
+
+
+class StageWork(msgspec.Struct, frozen=True):
+    """What a stage gets: its input artifacts, under the names that the runner knows, and parameters."""
+
+    inputs: dict[str, ArtifactRef]
+    parameters: Parameters
+
+
+class LocalCompute(Compute):
+    """This machine: light stages in this process, heavy ones in a subprocess."""
+
+    program: str = "ml"
+    """Module whose command line knows the heavy stages."""
+
+    @override
+    def _make(self, context: AnyContext, stage: Stage, key: str, work: StageWork) -> None:
+        if stage.heavy:
+            self._run_here(stage, key, work, lambda spec: self._run_heavy(context, spec))
+        else:
+            self._run_here(
+                stage, key, work, lambda spec: run_stage(spec, Progress(stage.name, context.log.info))
+            )
 
     def _run_heavy(self, context: AnyContext, spec: StageSpec) -> None:
         """Run a program; of those that use every core, one at a time on this machine.
@@ -172,9 +188,6 @@ class LocalCompute(Compute):
         lock = Path(spec.workspace).parents[2] / "heavy.lock"
         with only_one(lock, lambda: context.log.info(f"{spec.stage} is waiting for another heavy stage")):
             _run_program(context, self.program, spec)
-
-    def _result(self, ref: ArtifactRef, *, reused: bool) -> StageResult:
-        return StageResult(ref=ref, reused=reused, manifest=self.manifest(ref))
 
 
 def _by_partition(inputs: StageInputs) -> dict[str, ArtifactRef]:

@@ -16,11 +16,12 @@ from urllib.parse import unquote, urlsplit
 import msgspec
 from dotenv import dotenv_values
 from pydantic import AfterValidator, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
 
 from ml.demo import OFFERS_PER_DAY
 from ml.errors import InputError
 from ml.stages import Parameters, StudentParameters, TeacherParameters, TrainingSampleParameters
+from resources.aws_settings import AwsSettings
 from resources.redaction import without_secrets
 
 DEFAULT_CHECKS = "default"
@@ -134,7 +135,7 @@ def _known_checks(value: str) -> str:
 Encoder = Annotated[str, AfterValidator(_existing_encoder)]
 
 
-class Settings(BaseSettings):
+class Settings(AwsSettings):
     """Everything that can be set, with its environment variable (the alias) and its default."""
 
     model_config = SettingsConfigDict(
@@ -341,6 +342,41 @@ class Settings(BaseSettings):
         validation_alias="OFFER_ASSETS_ENDPOINT_WORKERS",
         description="Worker processes of the local endpoint, one thread each.",
     )
+    canary_percent: int = Field(
+        default=10,
+        ge=1,
+        le=50,
+        validation_alias="OFFER_ASSETS_CANARY_PERCENT",
+        description="Share of the requests that a new version gets at first, beside the one before.",
+    )
+    canary_seconds: int = Field(
+        default=0,
+        ge=0,
+        le=3600,
+        validation_alias="OFFER_ASSETS_CANARY_SECONDS",
+        description="So long alarms watch a new version before it gets all requests; one that trips brings "
+        "the version before back. 0: it gets all at once (aws: and is watched afterwards).",
+    )
+    alarm_error_percent: float = Field(
+        default=1.0,
+        gt=0,
+        le=100,
+        validation_alias="OFFER_ASSETS_ALARM_ERROR_PERCENT",
+        description="Alarm of a roll-out: more of the requests than this end in a server error (5xx).",
+    )
+    alarm_p99_milliseconds: int = Field(
+        default=2_000,
+        ge=1,
+        validation_alias="OFFER_ASSETS_ALARM_P99_MILLISECONDS",
+        description="Alarm of a roll-out: one request in a hundred takes longer than this.",
+    )
+    alarm_low_confidence_percent: float = Field(
+        default=60.0,
+        gt=0,
+        le=100,
+        validation_alias="OFFER_ASSETS_ALARM_LOW_CONFIDENCE_PERCENT",
+        description="Alarm of a roll-out: of more offers than this the model is less than half sure.",
+    )
     mlflow_tracking_uri: Annotated[str, AfterValidator(_known_tracking_uri)] = Field(
         default="",
         validation_alias="MLFLOW_TRACKING_URI",
@@ -382,6 +418,48 @@ class Settings(BaseSettings):
     def checks_that_retrain(self) -> tuple[str, ...]:
         """Names of the checks, and perhaps ``default``; empty where drift starts no training."""
         return tuple(self.retrain_on_drift.split(",")) if self.retrain_on_drift else ()
+
+    @property
+    def region(self) -> str:
+        """AWS region, with the usual variables in place of an empty setting."""
+        given = variables()
+        return self.aws_region or given.get("AWS_REGION", "") or given.get("AWS_DEFAULT_REGION", "")
+
+    @model_validator(mode="after")
+    def _aws_has_what_it_needs(self) -> Self:
+        if self.environment != "aws":
+            return self
+        needed = {
+            "OFFER_ASSETS_AWS_STORE": self.aws_store,
+            "OFFER_ASSETS_AWS_REGION": self.region,
+            "OFFER_ASSETS_AWS_ROLE": self.aws_role,
+            "OFFER_ASSETS_AWS_TRAINING_IMAGE": self.aws_training_image,
+            "OFFER_ASSETS_AWS_SERVING_IMAGE": self.aws_serving_image,
+            "OFFER_ASSETS_POSTGRES_URL": self.postgres_url,
+            "MLFLOW_TRACKING_URI": self.mlflow_tracking_uri,
+        }
+        if missing := [name for name, value in needed.items() if not value]:
+            raise ValueError(
+                f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: OFFER_ASSETS_ENV=aws "
+                "needs all of them; .env.example says what each is"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _instances_and_network_fit_together(self) -> Self:
+        if self.aws_endpoint_min_instances > self.aws_endpoint_max_instances:
+            raise ValueError(
+                f"OFFER_ASSETS_AWS_ENDPOINT_MIN_INSTANCES={self.aws_endpoint_min_instances} is more than "
+                f"OFFER_ASSETS_AWS_ENDPOINT_MAX_INSTANCES={self.aws_endpoint_max_instances}"
+            )
+        if bool(self.aws_subnets) != bool(self.aws_security_groups):
+            given, missing = "SUBNETS", "SECURITY_GROUPS"
+            if not self.aws_subnets:
+                given, missing = missing, given
+            raise ValueError(
+                f"OFFER_ASSETS_AWS_{missing} is missing: OFFER_ASSETS_AWS_{given} is set, a VPC needs both"
+            )
+        return self
 
     @model_validator(mode="after")
     def _feed_and_taxonomy_belong_together(self) -> Self:

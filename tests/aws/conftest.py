@@ -1,0 +1,34 @@
+"""What tests of AWS share: the stand-in, with clients of this process led to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from resources.aws import AwsAccess, forget_clients
+from tests.aws.stand_in import ACCOUNT, REGION, StandIn, environment, running
+
+BUCKET = "offer-assets-tests"
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
+    """A fresh AWS, with an empty bucket :data:`BUCKET`."""
+    with running(StandIn()) as server:
+        httpx.post(f"{server.url}/moto-api/reset").raise_for_status()
+        for name, value in environment(server.url).items():
+            monkeypatch.setenv(name, value)
+        forget_clients()
+        access().client("s3").create_bucket(
+            Bucket=BUCKET, CreateBucketConfiguration={"LocationConstraint": REGION}
+        )
+        server.calls.clear()
+        yield server
+        forget_clients()
+
+
+def access(**settings: object) -> AwsAccess:
+    """The way into the stand-in."""
+    return AwsAccess(region=REGION, role=f"arn:aws:iam::{ACCOUNT}:role/offer-assets-jobs", **settings)
