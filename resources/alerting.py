@@ -31,9 +31,11 @@ _GRACE = 2.0
 
 
 class OutboxAlerts(Alerts):
-    """``outbox.db`` in the home folder, and the channels that a TOML file names."""
+    """The outbox, a database, and the channels that a TOML file names."""
 
     home: str
+    database: str = ""
+    """As SQLAlchemy names it; empty: the SQLite file ``outbox.db`` in the home folder."""
     routes: str = ""
     """Path of the file with channels and routes; without one nobody is told, and the outbox shows it all."""
     ui_url: str = "http://localhost:3000"
@@ -75,7 +77,7 @@ class OutboxAlerts(Alerts):
         self._outbox().check()
 
     def _outbox(self) -> Outbox:
-        return _outbox_at(f"sqlite:///{Path(self.home).absolute() / 'outbox.db'}")
+        return _outbox_at(self.database or f"sqlite:///{Path(self.home).absolute() / 'outbox.db'}")
 
     def _routes(self) -> Routes:
         from resources.alert_routes import read_routes

@@ -144,8 +144,8 @@ class AwsSettings(BaseSettings):
     )
     postgres_url: str = Field(
         default="",
-        pattern=r"^(postgresql(\+psycopg2)?://\S+)?$",
+        pattern=r"^(postgresql\+psycopg2://\S+)?$",
         validation_alias="OFFER_ASSETS_POSTGRES_URL",
-        description="PostgreSQL for Dagster's storage and the outbox of alerts: postgresql://user@host/name. "
-        "Empty: SQLite files in OFFER_ASSETS_HOME.",
+        description="PostgreSQL for Dagster's storage and the outbox of alerts, such as "
+        "postgresql+psycopg2://user@host/name. Empty: SQLite files in OFFER_ASSETS_HOME.",
     )

@@ -45,7 +45,9 @@ def resources_for(settings: Settings) -> dict[str, Any]:
             settle_seconds=settings.taxonomy_settle_seconds,
             max_removed_share=settings.taxonomy_max_removed_share,
         ),
-        "alerts": OutboxAlerts(home=home, routes=settings.alert_routes, ui_url=settings.ui_url),
+        "alerts": OutboxAlerts(
+            home=home, database=settings.postgres_url, routes=settings.alert_routes, ui_url=settings.ui_url
+        ),
     }
 
 
