@@ -224,7 +224,7 @@ class S3Objects:
         bucket, prefix = bucket_and_key(source)
 
         def copy(name: str) -> None:
-            origin = {"Bucket": bucket, "Key": f"{prefix}/{name}"}
+            origin = {"Bucket": bucket, "Key": _joined(prefix, name)}
             self._copy(origin, f"{folder}/{name}", files[name])
 
         _in_parallel(copy, list(files))
@@ -282,7 +282,7 @@ class S3Objects:
         )
 
     def _key(self, name: str) -> str:
-        return f"{self._prefix}/{name}" if self._prefix else name
+        return _joined(self._prefix, name)
 
 
 def bucket_and_key(uri: str) -> tuple[str, str]:
@@ -296,6 +296,10 @@ def bucket_and_key(uri: str) -> tuple[str, str]:
     if scheme != "s3" or not bucket:
         raise InputError(f"{uri} is no place in S3; expected s3://bucket/prefix")
     return bucket, key.rstrip("/")
+
+
+def _joined(prefix: str, name: str) -> str:
+    return f"{prefix}/{name}" if prefix else name
 
 
 def _in_parallel(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:

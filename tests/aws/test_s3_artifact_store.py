@@ -1,7 +1,5 @@
 """What only the store in S3 has: parts, encryption, races between machines, and all that S3 does wrong."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal
@@ -18,13 +16,17 @@ import msgspec
 import pytest
 from werkzeug.wrappers import Request, Response
 
+from ml import stages
 from ml.artifacts import MANIFEST, ArtifactRef, read_manifest, verify
 from ml.errors import InputError
+from resources.compute import LocalCompute, StageResult
+from resources.io_manager import ArtifactRefIOManager
 from resources.s3_artifact_store import S3ArtifactStore
 from resources.s3_lease import lease
 from tests.aws.conftest import BUCKET, access
 from tests.aws.stand_in import StandIn, environment
 from tests.resources.artifact_worlds import KEY, KIND, S3World, make, make_folder
+from tests.resources.stand_in import STAND_INS, StandInParameters
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 1024 * 1024
@@ -71,6 +73,38 @@ def test_a_stored_artifact_is_a_complete_folder_with_its_manifest_on_top(world):
         ]
     )
     assert ref.uri == world.store.uri(ref) == f"s3://{BUCKET}/production/{folder}/{ref.digest[:16]}"
+
+
+def test_a_bucket_of_its_own_needs_no_prefix(world, tmp_path):
+    store = S3ArtifactStore(aws=access(), location=f"s3://{BUCKET}", feed="feed", home=str(tmp_path / "home"))
+    folder = make_folder(tmp_path / "job", KIND, KEY, {"data.txt": "content"})
+    for file in folder.iterdir():
+        world.s3.put_object(Bucket=BUCKET, Key=file.name, Body=file.read_bytes())
+    ref = store.adopt_from(f"s3://{BUCKET}/", KIND, KEY)
+    assert ref.uri == f"s3://{BUCKET}/artifacts/{KIND}/{KEY}/{ref.digest[:16]}"
+    assert (store.fetch(ref) / "data.txt").read_text() == "content"
+
+
+@pytest.mark.parametrize("stage", ["light", "heavy"])
+def test_a_stage_run_on_one_machine_is_found_by_a_run_on_another(world, monkeypatch, stage):
+    for name, stand_in_stage in STAND_INS.items():
+        monkeypatch.setitem(stages.STAGES, name, stand_in_stage)
+    results: list[StageResult] = []
+
+    @dg.asset
+    def made(context: dg.AssetExecutionContext, compute: LocalCompute) -> dg.MaterializeResult[ArtifactRef]:
+        first = compute.run(context, "light", {}, StandInParameters(text="abc"))
+        second = compute.run(context, stage, {"upstream": first.ref}, StandInParameters(text="def"))
+        results.append(second)
+        return dg.MaterializeResult(value=second.ref)
+
+    for store in (world.store, world.elsewhere()):
+        compute = LocalCompute(store=store, program="tests.resources.stand_in")
+        resources = {"compute": compute, "io_manager": ArtifactRefIOManager(store=store)}
+        dg.materialize([made], resources=resources)
+        assert world.store.read_pointer("made") == results[-1].ref
+    assert [result.reused for result in results] == [False, True]
+    assert results[0].ref == results[1].ref
 
 
 class TestTransfers:
@@ -309,6 +343,16 @@ class TestRaces:
         contents = {(store.fetch(refs[0]) / "data.txt").read_text() for store in stores}
         assert len(contents) == 1
         assert [world.store.find_by_digest(KIND, refs[0].digest)] == [refs[0]]
+
+    def test_a_manifest_that_another_is_just_writing_is_a_failure_to_retry(self, stand_in, world):
+        stand_in.fail_next(
+            f"s3:PUT /{BUCKET}/production/artifacts/{KIND}/{KEY}/{MANIFEST}",
+            code="ConditionalRequestConflict",
+            status=409,
+        )
+        with pytest.raises(dg.Failure, match=r"is being written by another at this moment: run again"):
+            world.publish()
+        assert world.store.adopt(KIND, KEY) == world.store.find(KIND, KEY)
 
     def test_many_that_fetch_at_once_download_once(self, stand_in, world):
         ref = world.publish()

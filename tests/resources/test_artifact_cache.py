@@ -107,6 +107,20 @@ def test_what_another_living_process_got_stays_until_it_is_killed(cache, filled,
     assert present(filled) == [False] * 4
 
 
+def test_what_somebody_gets_at_the_last_moment_stays(cache, filled, monkeypatch):
+    looked = ArtifactCache._in_use
+
+    def get_it_after_the_first_look(self: ArtifactCache) -> set[str]:
+        monkeypatch.undo()
+        used = looked(self)
+        with self.held(KIND, "k0"):
+            return used
+
+    monkeypatch.setattr(ArtifactCache, "_in_use", get_it_after_the_first_look)
+    cache.make_room()
+    assert present(filled) == [True, False, True, True]
+
+
 def test_what_the_store_does_not_have_yet_stays(cache):
     folder = copy(cache, "made here", stored=False)
     cache.make_room(needed_bytes=10 * BYTES)
