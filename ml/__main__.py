@@ -1,4 +1,4 @@
-"""Command line of ``ml``: every stage by hand, bulk classification, the server, the demo feed."""
+"""Command line of ``ml``: every stage by hand, bulk classification, server and jobs, the demo feed."""
 
 from __future__ import annotations
 
@@ -13,12 +13,10 @@ from typing import Any
 import msgspec
 
 from ml.artifacts import ArtifactRef
-from ml.errors import InputError
+from ml.errors import EXIT_INPUT_ERROR, InputError
 from ml.progress import Listener, Progress
 from ml.runner import StageSpec, run_stage
 from ml.stages import STAGES, Stage
-
-EXIT_INPUT_ERROR = 2
 
 # Threads that wait for each other must sleep, not spin: on a machine that is busy with something else, two
 # spinning torch threads fell from 70 to 6 offers/s. OpenMP reads this when torch loads it.
@@ -49,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_program(
         commands, "serve", "ml.serving.server", "Answer /ping and /invocations with a compiled model."
     )
+    _add_program(commands, "train", "ml.training_job", "Run the stage that lies in /opt/ml, in a container.")
     _add_program(commands, "demo-feed", "ml.demo.feed", "Write days of the demo feed, and its taxonomies.")
     return parser
 

@@ -36,6 +36,12 @@ class StageSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Folder that will hold the artifact."""
     workspace: str
     """Folder for work in progress, on the same file system as ``output``."""
+    checkpoints: str = ""
+    """Folder whose content outlives the workspace, perhaps on another file system: whoever names it keeps it
+    when the artifact is published. Empty: in the workspace."""
+    at_hand: dict[str, str] = {}
+    """What to read in place of a parameter's value, by parameter: a local copy of what it names. Key and
+    manifest speak of the value itself."""
 
 
 class StageContext:
@@ -48,7 +54,7 @@ class StageContext:
         self.output = output
         """Empty folder; what lies here when the function returns becomes the artifact."""
         self.checkpoints = checkpoints
-        """Folder whose content survives a kill, and is gone once the artifact is published."""
+        """Folder whose content survives a kill, and is of no use once the artifact is published."""
         self.progress = progress
 
     def input(self, name: str) -> Path:
@@ -99,6 +105,7 @@ def run_stage(spec: StageSpec, progress: Progress | None = None) -> ArtifactRef:
     digests = {name: read_manifest(folder).digest for name, folder in inputs.items()}
     key = key_of(stage, parameters, digests)
     output, workspace = Path(spec.output), Path(spec.workspace)
+    kept = Path(spec.checkpoints) if spec.checkpoints else workspace
     progress = progress or Progress(stage.name)
 
     with _only_process_in(workspace, progress):
@@ -109,13 +116,16 @@ def run_stage(spec: StageSpec, progress: Progress | None = None) -> ArtifactRef:
             return reference(output)
         for name, folder in inputs.items():
             verify(folder, digest=digests[name])
-        _forget_other_work(workspace, key)
-        unfinished, checkpoints = workspace / "output", workspace / "checkpoints"
+        _forget_other_work(kept, key)
+        unfinished, checkpoints = workspace / "output", kept / "checkpoints"
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         checkpoints.mkdir(exist_ok=True)
         started_at = time.monotonic()
-        metrics = stage.function()(StageContext(inputs, unfinished, checkpoints, progress), parameters)
+        metrics = stage.function()(
+            StageContext(inputs, unfinished, checkpoints, progress),
+            msgspec.structs.replace(parameters, **spec.at_hand),
+        )
         write_manifest(
             unfinished,
             kind=stage.name,
@@ -165,11 +175,12 @@ def _only_process_in(workspace: Path, progress: Progress) -> Iterator[None]:
         yield
 
 
-def _forget_other_work(workspace: Path, key: str) -> None:
+def _forget_other_work(kept: Path, key: str) -> None:
     """Checkpoints are of use only to a run with the same inputs and parameters."""
-    mark = workspace / "key"
+    kept.mkdir(parents=True, exist_ok=True)
+    mark = kept / "key"
     if not mark.exists() or mark.read_text(encoding="utf-8") != key:
-        shutil.rmtree(workspace / "checkpoints", ignore_errors=True)
+        shutil.rmtree(kept / "checkpoints", ignore_errors=True)
         mark.write_text(key, encoding="utf-8")
 
 
