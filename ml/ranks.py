@@ -88,8 +88,10 @@ def leading(
         try:
             distributed.join(world)
             yield world
-        except RuntimeError as error:
-            if failure := others.failure(within=_SECONDS_UNTIL_KNOWN):
+        except BaseException as error:
+            distributed.leave_in_failure()
+            # what a broken connection raises
+            if isinstance(error, RuntimeError) and (failure := others.failure(within=_SECONDS_UNTIL_KNOWN)):
                 raise failure from error
             raise
         distributed.leave()

@@ -73,8 +73,14 @@ def join(world: World) -> None:
 
 
 def leave() -> None:
-    """Part from the other processes. After a failure, end instead: on a GPU this could wait for ever."""
+    """Part from the other processes; returns when all that was to be said has been said."""
     torch_distributed.destroy_process_group()
+
+
+def leave_in_failure() -> None:
+    """Part from processes that may be gone; not on GPUs, where it could take for ever."""
+    if torch_distributed.is_initialized() and torch_distributed.get_backend() == "gloo":
+        torch_distributed.destroy_process_group()
 
 
 def start_fabric(device: torch.device) -> Fabric:
