@@ -229,6 +229,8 @@ class SageMakerCompute(LocalCompute):
                     raise
                 job = None
             missed = missed + 1 if job is None else 0
+            if missed > _LOOKS_MISSED:
+                raise dg.Failure(f"training job {name} is gone; run again")
             reader.read()
             if job is not None:
                 if job["SecondaryStatus"] != told:
