@@ -262,7 +262,7 @@ class EvaluationParameters(Parameters, frozen=True, kw_only=True):
 class CompileParameters(Parameters, frozen=True, kw_only=True):
     """Parameters of ``compiled_student``."""
 
-    target: Literal["cpu", "neuron"] = "cpu"
+    target: Literal["cpu", "neuron", "torchscript"] = "cpu"
     parity_offers: Annotated[Count, Meta(description="Offers that both models are compared on.")] = 2_000
 
 

@@ -13,7 +13,7 @@ from ml.artifacts import read_manifest, verify
 from ml.errors import InputError
 from ml.learning.encoder import Classifier
 from ml.runner import run_stage
-from ml.serving.predictor import CompiledModel
+from ml.serving.compiled_model import CompiledModel
 from tests.ml.compiled_models import TITLES, compile_spec, seal
 
 
@@ -42,7 +42,7 @@ def test_the_compiled_student_is_a_complete_artifact(compiled_student):
 def test_logits_follow_the_original_for_every_length_of_text(compiled_root, compiled_student):
     texts = ["tent", *TITLES[:3], " ".join(["sofa lamp"] * 40)]
     expected = Classifier.load(compiled_root / "student").predict_logits(texts)
-    assert np.abs(CompiledModel(compiled_student).predict_logits(texts) - expected).max() < 0.1 * np.ptp(
+    assert np.abs(CompiledModel.open(compiled_student).predict_logits(texts) - expected).max() < 0.1 * np.ptp(
         expected
     )
 

@@ -10,7 +10,8 @@ import pytest
 from ml.artifacts import ArtifactRef, read_manifest, short_version, verify
 from ml.errors import InputError
 from ml.runner import StageSpec, run_stage
-from ml.serving.predictor import CompiledModel, Predictor
+from ml.serving.compiled_model import CompiledModel
+from ml.serving.predictor import Predictor
 from ml.taxonomy import Taxonomy
 from tests.ml.compiled_models import TAXONOMY_CSV, TITLES, seal
 
@@ -67,7 +68,8 @@ def test_the_renamed_model_answers_the_same_under_new_names(
     assert {answer.model_version for answer in answers} == {reference.version}
     assert any(answer.category_path == "All goods > Water boilers" for answer in answers)
     np.testing.assert_array_equal(
-        CompiledModel(folder).predict_logits(TITLES), CompiledModel(compiled_student).predict_logits(TITLES)
+        CompiledModel.open(folder).predict_logits(TITLES),
+        CompiledModel.open(compiled_student).predict_logits(TITLES),
     )
 
 
