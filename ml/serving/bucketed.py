@@ -22,12 +22,11 @@ from ml.errors import InputError
 from ml.serving import neuron
 from ml.serving.compiled_model import (
     NEURON,
-    SETTINGS_FILE,
     Bucket,
     CompiledModel,
     ModelSettings,
-    TracedForm,
     one_line,
+    traced_form,
 )
 
 
@@ -94,21 +93,6 @@ class BucketedModel(CompiledModel):
             logits = self._modules[bucket.tokens](torch.from_numpy(ids), torch.from_numpy(mask))
         answers: NDArray[np.float32] = logits[: len(rows)].float().numpy()
         return answers
-
-
-def traced_form(folder: Path, settings: ModelSettings) -> TracedForm:
-    """How the model in ``folder`` was traced.
-
-    Raises:
-        InputError: its settings do not say, or say what cannot be.
-    """
-    traced = settings.traced
-    if traced is None or not traced.buckets or traced.buckets[-1].tokens < settings.max_tokens:
-        raise InputError(
-            f"{folder} was compiled for {settings.target}, but {SETTINGS_FILE} names no buckets for texts "
-            f"of {settings.max_tokens} tokens; compile the student again"
-        )
-    return traced
 
 
 def smallest_bucket(buckets: Sequence[Bucket], tokens: int) -> int:

@@ -155,6 +155,21 @@ class CompiledModel(ABC):
             )
 
 
+def traced_form(folder: Path, settings: ModelSettings) -> TracedForm:
+    """How the model in ``folder`` was traced.
+
+    Raises:
+        InputError: its settings do not say, or say what cannot be.
+    """
+    traced = settings.traced
+    if traced is None or not traced.buckets or traced.buckets[-1].tokens < settings.max_tokens:
+        raise InputError(
+            f"{folder} was compiled for {settings.target}, but {SETTINGS_FILE} names no buckets for texts "
+            f"of {settings.max_tokens} tokens; compile the student again"
+        )
+    return traced
+
+
 def one_line(error: Exception) -> str:
     """What a library's exception says, fit for the end of a message."""
     return " ".join(str(error).split())[:300] or type(error).__name__
