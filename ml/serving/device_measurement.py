@@ -1,8 +1,8 @@
 """``python -m ml device-report``: parity, throughput and latency of a compiled model on this host.
 
 One call measures all, on an inf2 host as for any other target: throughput through the processes that
-classify in bulk, latency through the server that serves, parity in this process. The report is what the check of the
-compiled model reads (:mod:`ml.serving.device_report`).
+classify in bulk, latency through the server that serves, parity in this process. The report is what the
+check of the compiled model reads (:mod:`ml.serving.device_report`).
 """
 
 from __future__ import annotations
