@@ -70,7 +70,8 @@ def _matches_on_its_device(model: ArtifactRef, device_reports: DeviceReports) ->
             severity=dg.AssetCheckSeverity.WARN,
             description=f"no device report of model {model.version} yet: run `python -m ml device-report "
             f"--model … --student … --evaluation-set … --output REPORT.json` on an {DEVICE_FAMILY} host, put "
-            f"the file into {device_reports.location} and run this check again"
+            f"the file into {device_reports.location}, and materialize this partition again: the model is "
+            "found made, the check looks anew"
             + (f" ({len(found.unreadable)} files there cannot be read)" if found.unreadable else ""),
             metadata=metadata,
         )

@@ -28,6 +28,7 @@ from ml.serving.compiled_model import (
     one_line,
     traced_form,
 )
+from ml.serving.quiet import quiet
 
 
 class BucketedModel(CompiledModel):
@@ -116,6 +117,7 @@ def torch_threads(count: int) -> Iterator[None]:
 
 def _load(path: Path) -> Any:
     try:
-        return torch.jit.load(str(path), map_location="cpu").eval()
+        with quiet():
+            return torch.jit.load(str(path), map_location="cpu").eval()
     except (RuntimeError, ValueError) as error:
         raise InputError(f"{path} cannot be opened: {one_line(error)}; compile the student again") from None
