@@ -5,7 +5,7 @@ import msgspec
 
 from ml.artifacts import ArtifactRef
 from ml.evaluation import gate
-from ml.serving.neuron import DEVICE_FAMILY
+from ml.serving.neuron import DEVICE_FAMILY, SDK_VERSION
 from ml.stages import STAGES, CompileParameters
 from offer_assets import policies
 from offer_assets.checks import check_result, partitioned_check
@@ -42,7 +42,9 @@ def compiled_student(
             "evaluation_set": evaluation_set,
             "catalog_taxonomy": taxonomy_in_force(taxonomy_change, compute),
         },
-        CompileParameters(target=context.partition_key),
+        CompileParameters(
+            target=context.partition_key, sdk=SDK_VERSION if context.partition_key == NEURON else ""
+        ),
     )
     tracking.record(result.manifest, result.ref)
     return materialization(result)

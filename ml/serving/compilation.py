@@ -16,6 +16,7 @@ import msgspec
 from ml.artifacts import read_manifest, short_version
 from ml.errors import InputError
 from ml.learning.encoder import Classifier
+from ml.progress import Progress
 from ml.runner import StageContext
 from ml.serving import neuron
 from ml.serving.compiled_model import (
@@ -53,23 +54,26 @@ def compile_student(context: StageContext, parameters: CompileParameters) -> dic
     """
     target = parameters.target
     if target == NEURON:
-        neuron.load_compiler()  # before anything is read: without it there is nothing to do
+        neuron.load_compiler(parameters.sdk)  # before anything is read: without it there is nothing to do
+    elif parameters.sdk:
+        raise InputError(f"sdk {parameters.sdk}: only target {NEURON} has one, not {target}; leave it empty")
     student = context.input("student_checkpoint")
     classifier = Classifier.load(student).to("cpu").eval()
     _check_taxonomy(context, classifier)
     sample = evaluation_sample(context.input("evaluation_set"), parameters.parity_offers)
 
     context.progress.say(f"compiling {classifier.parameter_count:,} weights for {target}")
-    _write(context.output, classifier, target)
+    _write(context.output, classifier, target, context.checkpoints, context.progress)
     shutil.copyfile(student / TAXONOMY_FILE, context.output / TAXONOMY_FILE)
     sizes = {"size_bytes": _size(context.output), "original_size_bytes": _size(student)}
     megabytes = f"{sizes['size_bytes'] / 1e6:.1f} MB instead of {sizes['original_size_bytes'] / 1e6:.1f}"
 
     context.progress.say(f"comparing it with the original on {len(sample):,} offers")
     if target == NEURON:
-        with tempfile.TemporaryDirectory(prefix="reference-", dir=context.checkpoints) as reference:
-            _write(Path(reference), classifier, TORCHSCRIPT)
-            found = compare(classifier, CompiledModel.open(Path(reference)), sample)
+        with tempfile.TemporaryDirectory(prefix="reference-") as folder:
+            reference = Path(folder)
+            _write(reference, classifier, TORCHSCRIPT, reference / "checkpoints", context.progress)
+            found = compare(classifier, CompiledModel.open(reference), sample)
         context.progress.say(
             f"in full precision it gives the same category on {found['same_category']:.1%}; what an "
             f"{neuron.DEVICE_FAMILY} host computes is not known here: run python -m ml device-report there, "
@@ -84,9 +88,9 @@ def compile_student(context: StageContext, parameters: CompileParameters) -> dic
     return found | sizes
 
 
-def _write(folder: Path, classifier: Classifier, target: str) -> None:
+def _write(folder: Path, classifier: Classifier, target: str, checkpoints: Path, progress: Progress) -> None:
     """Compile into ``folder``; all that a model of this target consists of but its taxonomy."""
-    traced = _compile(folder, classifier, target)
+    traced = _compile(folder, classifier, target, checkpoints, progress)
     (folder / TOKENIZER_FILE).write_text(classifier.tokenizer.to_str(), encoding="utf-8")
     (folder / LABELS_FILE).write_bytes(msgspec.json.encode(list(classifier.labels)))
     settings = classifier.settings
@@ -101,7 +105,9 @@ def _write(folder: Path, classifier: Classifier, target: str) -> None:
     ).write(folder)
 
 
-def _compile(folder: Path, classifier: Classifier, target: str) -> TracedForm | None:
+def _compile(
+    folder: Path, classifier: Classifier, target: str, checkpoints: Path, progress: Progress
+) -> TracedForm | None:
     if target == CPU:
         from ml.serving.onnx_export import export_int8
         from ml.serving.onnx_model import MODEL_FILE
@@ -111,7 +117,7 @@ def _compile(folder: Path, classifier: Classifier, target: str) -> TracedForm | 
     from ml.serving.tracing import trace_for_neuron, trace_for_torch, trace_student
 
     tracer = trace_for_neuron if target == NEURON else trace_for_torch
-    return trace_student(classifier, folder, target, tracer)
+    return trace_student(classifier, folder, target, tracer, checkpoints, progress)
 
 
 def _check_taxonomy(context: StageContext, classifier: Classifier) -> None:

@@ -33,6 +33,9 @@ COMPILER_ARGUMENTS = [
 ]
 """bfloat16 for the matrix products alone; sums, norms and the output stay in float32."""
 
+SDK_VERSION = "2.9.0.2.15.32035"
+"""Of torch-neuronx: the last that compiles for inf2, of SDK 2.31. The asset asks for it, the image has it."""
+
 SDK_PACKAGES = ("torch", "torch-neuronx", "neuronx-cc")
 """A compiled program belongs to the versions of these."""
 
@@ -82,11 +85,14 @@ def sdk_versions() -> dict[str, str]:
     return {name: _version(name) for name in SDK_PACKAGES}
 
 
-def load_compiler() -> Any:
+def load_compiler(version: str = "") -> Any:
     """Import ``torch_neuronx`` so that it compiles for inf2 on any machine.
 
+    Args:
+        version: That it has to have; empty: any of the release line that compiles for inf2.
+
     Raises:
-        InputError: the SDK is not there, is a placeholder, or another release.
+        InputError: the SDK is not there, is a placeholder, or another version.
     """
     # Read when the package is imported: without it, it looks for a device to compile for.
     os.environ[_TARGET_VARIABLE] = DEVICE_FAMILY
@@ -96,6 +102,11 @@ def load_compiler() -> Any:
             f"target neuron needs the AWS Neuron SDK, torch_neuronx {_RELEASE}x with neuronx-cc, as in the "
             f"image {_IMAGE} (the packages of these names on the public index are empty placeholders); "
             f"here {found}. Use target cpu, or compile in that image"
+        )
+    if version and _release(installed := _version("torch-neuronx")) != _release(version):
+        raise InputError(
+            f"torch-neuronx {version} has to compile, here is {installed}; a compiled program runs with its "
+            f"own SDK only: compile in the image {_IMAGE}"
         )
     return module
 

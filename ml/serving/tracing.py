@@ -7,6 +7,7 @@ for AWS Inferentia 2, :func:`trace_for_torch` for torch on this machine, and eve
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import takewhile
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ml.learning.encoder import Classifier
+from ml.progress import Progress
 from ml.serving import neuron
 from ml.serving.compiled_model import NEURON, Bucket, TracedForm
 from ml.serving.quiet import quiet
@@ -67,7 +69,14 @@ def buckets_for(max_tokens: int) -> list[Bucket]:
     ]
 
 
-def trace_student(classifier: Classifier, folder: Path, target: str, tracer: Tracer) -> TracedForm:
+def trace_student(
+    classifier: Classifier,
+    folder: Path,
+    target: str,
+    tracer: Tracer,
+    checkpoints: Path,
+    progress: Progress,
+) -> TracedForm:
     """Write one TorchScript file per bucket into ``folder``.
 
     Args:
@@ -75,17 +84,28 @@ def trace_student(classifier: Classifier, folder: Path, target: str, tracer: Tra
         folder: Where the files go.
         target: What ``tracer`` compiles for, ``neuron`` or ``torchscript``.
         tracer: See :data:`Tracer`.
+        checkpoints: Where finished buckets wait for the others: a compiler takes minutes for each, and
+            who starts again goes on with those that are missing.
+        progress: Where to report.
 
     Returns:
         What the model's settings say of it.
     """
     module = StaticClassifier(classifier).eval()
     buckets = buckets_for(classifier.settings.max_tokens)
-    with quiet(), torch.no_grad(), _plain_attention(classifier.encoder):
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    with progress.bar("compiling", total=len(buckets), unit="buckets") as bar:
         for bucket in buckets:
-            ids = torch.full((bucket.offers, bucket.tokens), classifier.pad_id, dtype=torch.int32)
-            traced = tracer(module, (ids, torch.ones_like(ids)))
-            torch.jit.save(traced, str(folder / bucket.file))
+            finished = checkpoints / bucket.file
+            if not finished.exists():
+                unfinished = finished.with_suffix(".partial")
+                with quiet(), torch.no_grad(), _plain_attention(classifier.encoder):
+                    ids = torch.full((bucket.offers, bucket.tokens), classifier.pad_id, dtype=torch.int32)
+                    torch.jit.save(tracer(module, (ids, torch.ones_like(ids))), str(unfinished))
+                unfinished.rename(finished)
+            bar.update(1, tokens=bucket.tokens)
+    for bucket in buckets:
+        shutil.move(checkpoints / bucket.file, folder / bucket.file)
     if target == NEURON:
         return TracedForm(
             buckets=buckets,

@@ -18,6 +18,7 @@ from ml.artifacts import MANIFEST, read_manifest, short_version, write_manifest
 from ml.learning.encoder import Classifier, ClassifierSettings
 from ml.offers import TEXT_VERSION, offer_text
 from ml.runner import StageSpec, run_stage
+from ml.serving.neuron import SDK_VERSION
 from ml.taxonomy import Taxonomy
 
 NEURON_SDK = Path(__file__).resolve().parent / "neuron_sdk"
@@ -81,7 +82,9 @@ def neuron_student(compiled_root: Path) -> Path:
     with _locked(compiled_root.with_suffix(".neuron.lock")):
         if not folder.exists():
             spec = folder.with_suffix(".json")
-            spec.write_bytes(msgspec.json.encode(compile_spec(compiled_root, folder, target="neuron")))
+            spec.write_bytes(
+                msgspec.json.encode(compile_spec(compiled_root, folder, target="neuron", sdk=SDK_VERSION))
+            )
             search_path = [str(NEURON_SDK), os.environ.get("PYTHONPATH", "")]
             environment = {
                 **os.environ,

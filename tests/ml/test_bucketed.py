@@ -11,15 +11,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from ml.artifacts import read_manifest, verify
 from ml.errors import InputError
 from ml.learning.encoder import Classifier
+from ml.progress import Progress
 from ml.serving.bucketed import BucketedModel, smallest_bucket
 from ml.serving.compiled_model import CompiledModel, ModelSettings
 from ml.serving.onnx_model import OnnxModel
 from ml.serving.predictor import Predictor
-from ml.serving.tracing import buckets_for
+from ml.serving.tracing import buckets_for, trace_student
 from tests.ml.compiled_models import PRODUCTS, TITLES, seal
 
 LONG = " ".join(["sofa lamp"] * 40)
@@ -47,6 +49,26 @@ def test_every_text_has_a_bucket_and_it_is_the_smallest(max_tokens, data):
 def test_buckets_are_those_of_common_lengths():
     assert [bucket.tokens for bucket in buckets_for(128)] == [16, 32, 64, 128]
     assert [bucket.tokens for bucket in buckets_for(48)] == [16, 32, 48]
+
+
+def test_compiling_goes_on_with_the_buckets_that_are_missing(compiled_root, tmp_path):
+    classifier = Classifier.load(compiled_root / "student").eval()
+    checkpoints, asked = tmp_path / "checkpoints", []
+
+    def tracer(module, example):
+        asked.append(example[0].shape[1])
+        if asked == [16, 32]:
+            raise KeyboardInterrupt
+        return torch.jit.script(nn.Identity())
+
+    arguments = (classifier, tmp_path, "torchscript", tracer, checkpoints, Progress("test"))
+    with pytest.raises(KeyboardInterrupt):
+        trace_student(*arguments)
+    assert list(tmp_path.glob("*.pt")) == []
+    traced = trace_student(*arguments)
+    assert asked == [16, 32, 32]
+    assert {path.name for path in tmp_path.glob("*.pt")} == {bucket.file for bucket in traced.buckets}
+    assert classifier.encoder.config._attn_implementation == "sdpa"
 
 
 def test_the_traced_student_is_a_complete_artifact_and_says_how_it_was_made(traced_student):

@@ -111,3 +111,8 @@ def test_a_placeholder_is_told_from_the_neuron_sdk(
     monkeypatch.setenv("NEURON_PLATFORM_TARGET_OVERRIDE", "")  # is set by who compiles; gone afterwards
     with pytest.raises(InputError, match=said):
         run_stage(compile_spec(compiled_root, tmp_path / "out", target="neuron"))
+
+
+def test_an_sdk_is_asked_for_only_where_there_is_one(compiled_root, tmp_path):
+    with pytest.raises(InputError, match=r"sdk 2\.9: only target neuron has one, not cpu"):
+        run_stage(compile_spec(compiled_root, tmp_path / "out", sdk="2.9"))

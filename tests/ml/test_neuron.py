@@ -13,6 +13,7 @@ import pytest
 from ml.artifacts import read_manifest, verify
 from ml.errors import InputError
 from ml.evaluation.gate import GateLimits, compiled_matches_uncompiled
+from ml.serving import neuron
 from ml.serving.bucketed import BucketedModel
 from ml.serving.compiled_model import CompiledModel, ModelSettings
 from ml.serving.neuron import NeuronHost
@@ -65,6 +66,15 @@ def test_the_artifact_says_with_what_and_for_what_it_was_compiled(neuron_student
     assert settings.traced.compiler.startswith("neuronx-cc --target inf2")
     files = set(verify(neuron_student, kinds=["compiled_student"]).files)
     assert {bucket.file for bucket in settings.traced.buckets} < files
+
+
+def test_another_sdk_than_the_one_asked_for_does_not_compile(sdk, monkeypatch):
+    monkeypatch.setenv("NEURON_PLATFORM_TARGET_OVERRIDE", "")
+    assert neuron.load_compiler(neuron.SDK_VERSION).trace
+    with pytest.raises(
+        InputError, match=r"torch-neuronx 2\.9\.1 has to compile, here is 2\.9\.0\.2\.15\.32035"
+    ):
+        neuron.load_compiler("2.9.1")
 
 
 def test_only_the_reference_is_compared_where_it_was_compiled_and_the_gate_does_not_take_it(neuron_student):

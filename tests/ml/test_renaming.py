@@ -73,6 +73,17 @@ def test_the_renamed_model_answers_the_same_under_new_names(
     )
 
 
+def test_every_form_of_a_model_can_be_renamed(
+    compiled_root: Path, traced_student: Path, renamed_csv: str, tmp_path: Path
+) -> None:
+    taxonomy = catalog_taxonomy(tmp_path / "taxonomy", renamed_csv)
+    folder = Path(rename(traced_student, compiled_root / "student", taxonomy, tmp_path / "renamed").uri)
+    before, after = (read_manifest(each).files for each in (traced_student, folder))
+    assert {name for name in before if before[name] != after[name]} == {"model.json", "taxonomy.parquet"}
+    (answer,) = Predictor.load(folder).predict([{"title": "Bosch kettle 1.7 l"}])
+    assert answer.category_path == "All goods > Water boilers"
+
+
 def test_what_was_measured_of_the_compiled_student_holds_for_the_renamed_one(
     compiled_root: Path, compiled_student: Path, renamed_csv: str, tmp_path: Path
 ) -> None:
