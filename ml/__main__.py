@@ -1,4 +1,4 @@
-"""Command line of ``ml``: every stage by hand, bulk classification, the server, measuring, the demo feed."""
+"""Command line of ``ml``: every stage by hand, bulk classification, the server, the demo feed."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_program(
         commands, "serve", "ml.serving.server", "Answer /ping and /invocations with a compiled model."
     )
+    _add_program(commands, "demo-feed", "ml.demo.feed", "Write days of the demo feed, and its taxonomies.")
     _add_program(
         commands, "device-report", "ml.serving.device_measurement", "Measure a compiled model on this host."
     )
-    _add_program(commands, "demo-feed", "ml.demo.feed", "Write days of the demo feed, and its taxonomies.")
     return parser
 
 

@@ -145,10 +145,9 @@ def test_each_worker_gets_a_core_of_its_own(neuron_student, compiled_student, sd
 def test_a_worker_that_takes_the_place_of_another_takes_its_core(tmp_path):
     state_file = tmp_path / "state.json"
     program = (
-        "import sys, argparse; from pathlib import Path; from ml.serving import server\n"
+        "import sys; from ml.serving import server\n"
         "server._WORKER_MODULE = 'tests.ml.idle_worker'\n"
-        "options = argparse.Namespace(\n"
-        "    model='.', host='127.0.0.1', queue=1, timeout=1, state_file=Path(sys.argv[1]))\n"
+        "options = server._options(['--model', '.', '--state-file', sys.argv[1]])\n"
         "server._Supervisor(options, 1, [0, 1, 2]).run()"
     )
     supervisor = subprocess.Popen([sys.executable, "-c", program, state_file], cwd=NEURON_SDK.parents[2])
