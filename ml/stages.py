@@ -274,8 +274,12 @@ class EvaluationParameters(Parameters, frozen=True, kw_only=True):
 class CompileParameters(Parameters, frozen=True, kw_only=True):
     """Parameters of ``compiled_student``."""
 
-    target: Literal["cpu", "neuron"] = "cpu"
+    target: Literal["cpu", "neuron", "torchscript"] = "cpu"
     parity_offers: Annotated[Count, Meta(description="Offers that both models are compared on.")] = 2_000
+    sdk: Annotated[
+        str,
+        Meta(description="Version of torch-neuronx that has to compile; empty: whichever is there."),
+    ] = ""
 
 
 class RenamedStudentParameters(Parameters, frozen=True, kw_only=True):

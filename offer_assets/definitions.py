@@ -24,6 +24,7 @@ from offer_assets.partitions import days_from
 from offer_assets.plan import RetrainPolicy, TrainingPlan
 from offer_assets.preview import preview_taxonomy
 from offer_assets.promotion import PROMOTION_JOBS, ReleasePolicy
+from resources.device_reports import DeviceReports
 from resources.environment import resources_for
 from resources.settings import Settings
 
@@ -93,6 +94,7 @@ def build_defs(settings: Settings, **resource_overrides: Any) -> dg.Definitions:
             "plan": TrainingPlan.from_settings(settings),
             "retrain_policy": RetrainPolicy.from_settings(settings),
             "release_policy": ReleasePolicy(approval=settings.approval),
+            "device_reports": DeviceReports(location=settings.device_reports_location),
             **resource_overrides,
         },
         # Heavy stages are programs of their own: a process per step would only import everything once more.

@@ -384,6 +384,12 @@ class Settings(AwsSettings):
         validation_alias="OFFER_ASSETS_ALARM_LOW_CONFIDENCE_PERCENT",
         description="Alarm of a roll-out: of more offers than this the model is less than half sure.",
     )
+    device_reports: str = Field(
+        default="",
+        validation_alias="OFFER_ASSETS_DEVICE_REPORTS",
+        description="Reports that python -m ml device-report wrote on other hosts: a folder or an S3 prefix. "
+        "Empty: device-reports in OFFER_ASSETS_HOME.",
+    )
     mlflow_tracking_uri: Annotated[str, AfterValidator(_known_tracking_uri)] = Field(
         default="",
         validation_alias="MLFLOW_TRACKING_URI",
@@ -421,6 +427,11 @@ class Settings(AwsSettings):
     def tracking_uri(self) -> str:
         """Where MLflow keeps runs and models, with the default filled in."""
         return self.mlflow_tracking_uri or f"sqlite:///{self.home / 'mlflow.db'}"
+
+    @property
+    def device_reports_location(self) -> str:
+        """Where reports of devices lie, with the default filled in; a local path is absolute."""
+        return local_path(self.device_reports) or self.device_reports or str(self.home / "device-reports")
 
     @property
     def checks_that_retrain(self) -> tuple[str, ...]:
