@@ -492,11 +492,17 @@ class MlflowTracking(Tracking):
         """
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
         for name in ("alembic", "mlflow.store.db"):
             logging.getLogger(name).setLevel(logging.WARNING)
-        from mlflow import MlflowClient
+        # SageMaker's plugin stumbles over every request to a server that is none of SageMaker's, and says so.
+        logging.getLogger("mlflow.tracking.request_header.registry").setLevel(logging.ERROR)
+        from mlflow import MlflowClient, set_tracking_uri
         from mlflow.exceptions import MlflowException
 
+        if self.tracking_uri.startswith("arn:"):
+            # The plugin signs for the server that is set here, whatever server the client has.
+            set_tracking_uri(self.tracking_uri)
         file = self._file()
         with only_one(file.with_name(file.name + ".lock")) if file is not None else nullcontext():
             try:
