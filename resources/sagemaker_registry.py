@@ -91,8 +91,10 @@ class SageMakerRegistry(Tracking):
             return self._with_package(version, tags, statistics)
         if version.tags.get(_PACKAGE_TAG) != details.package.arn:
             version = self.inner.annotate(version, {_PACKAGE_TAG: details.package.arn})
+        # First what people decided: any change of ours hides when, and by whom.
+        version = self._settled(version, details.package)
         self._packages.describe_anew(details, _described(version, tags))
-        return self._settled(version, details.package)
+        return version
 
     @override
     @input_errors_fail_plainly()
