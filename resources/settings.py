@@ -9,6 +9,7 @@ import datetime
 import difflib
 import glob
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import unquote, urlsplit
@@ -38,6 +39,9 @@ _TRACKING_SCHEMES = (
     "mysql",
     "mysql+pymysql",
     "arn",
+)
+_SAGEMAKER_MLFLOW = re.compile(
+    r"^arn:aws[a-z-]*:sagemaker:[a-z0-9-]+:\d{12}:mlflow-(tracking-server|app)/[\w-]+$"
 )
 
 _PLAINER = {
@@ -106,6 +110,11 @@ def _absolute_folder(value: Path) -> Path:
 def _known_tracking_uri(value: str) -> str:
     if value and value.split(":", maxsplit=1)[0] not in _TRACKING_SCHEMES:
         raise ValueError("must be a URI such as https://mlflow.example.com or sqlite:////data/mlflow.db")
+    if value.startswith("arn:") and not _SAGEMAKER_MLFLOW.match(value):
+        raise ValueError(
+            "must be the ARN of MLflow in SageMaker, such as "
+            "arn:aws:sagemaker:eu-central-1:123456789012:mlflow-tracking-server/offer-assets"
+        )
     return value
 
 

@@ -117,6 +117,7 @@ def test_an_empty_value_means_the_default(monkeypatch):
         ),
         ("OFFER_ASSETS_MODEL_NAME", "a b", "must have neither spaces nor / or :"),
         ("MLFLOW_TRACKING_URI", "server", "must be a URI such as https://mlflow.example.com"),
+        ("MLFLOW_TRACKING_URI", "arn:aws:s3:::bucket", "must be the ARN of MLflow in SageMaker, such as"),
         ("OFFER_FEED", "nowhere/*.csv", "points nowhere: nothing matches {folder}/nowhere/*.csv"),
         (
             "CATALOG_TAXONOMY",
