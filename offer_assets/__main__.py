@@ -155,13 +155,7 @@ def _launch(settings: Settings, options: argparse.Namespace) -> int:
     """Start a job on a deployment through its UI, and wait for its outcome."""
     from offer_assets.launch import launch
 
-    succeeded = launch(
-        options.url or settings.ui_url,
-        options.job,
-        partition=options.partition,
-        wait=not options.no_wait,
-    )
-    return 0 if succeeded else 1
+    return 0 if launch(options.url or settings.ui_url, options.job, options.partition) else 1
 
 
 def _iam(settings: Settings, options: argparse.Namespace) -> int:
@@ -225,7 +219,6 @@ def _launch_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("job", help="name of the job, such as train_and_release")
     parser.add_argument("--url", default="", help="of the Dagster UI (default: OFFER_ASSETS_UI_URL)")
     parser.add_argument("--partition", default="", help="for a job with partitions: cpu, 2026-11-01")
-    parser.add_argument("--no-wait", action="store_true", help="do not wait for the outcome")
 
 
 def _iam_options(parser: argparse.ArgumentParser) -> None:

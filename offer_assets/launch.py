@@ -20,32 +20,27 @@ _SECONDS_WITHOUT_AN_ANSWER = 600.0
 """A deployment that is being replaced is not there for a while; the run goes on meanwhile."""
 
 
-def launch(url: str, job: str, *, partition: str = "", wait: bool = True) -> bool:
+def launch(url: str, job: str, partition: str = "") -> bool:
     """Start ``job``, print where it can be watched, and wait for its outcome.
 
     Args:
         url: Of the Dagster UI.
         job: Its name.
         partition: For a job with partitions.
-        wait: Otherwise it returns as soon as the run is accepted.
 
     Returns:
-        Whether the run succeeded; True where nobody waits.
+        Whether the run succeeded.
 
     Raises:
         InputError: there is no UI at ``url``, it refuses the job, or it was gone for ten minutes.
     """
-    from dagster_graphql import DagsterGraphQLClientError
-
     client = _client(url)
     tags = {_PARTITION_TAG: partition} if partition else None
     try:
         run_id = client.submit_job_execution(job, tags=tags)
-    except DagsterGraphQLClientError as error:
+    except _errors() as error:
         raise InputError(f"{url} did not start {job}: {_one_line(error)}") from None
     print(f"{job}: {url.rstrip('/')}/runs/{run_id}", flush=True)
-    if not wait:
-        return True
     status = _outcome(client, url, run_id)
     print(f"{job}: {status.value}", flush=True)
     return status == dg.DagsterRunStatus.SUCCESS
@@ -69,14 +64,12 @@ def _client(url: str) -> DagsterGraphQLClient:
 
 
 def _outcome(client: DagsterGraphQLClient, url: str, run_id: str) -> dg.DagsterRunStatus:
-    from dagster_graphql import DagsterGraphQLClientError
-
     answered_at = time.monotonic()
     while True:
         try:
             status = client.get_run_status(run_id)
             answered_at = time.monotonic()
-        except DagsterGraphQLClientError as error:
+        except _errors() as error:
             if time.monotonic() - answered_at > _SECONDS_WITHOUT_AN_ANSWER:
                 raise InputError(
                     f"{url} has not answered for {_SECONDS_WITHOUT_AN_ANSWER / 60:.0f} minutes, run {run_id} "
@@ -86,6 +79,15 @@ def _outcome(client: DagsterGraphQLClient, url: str, run_id: str) -> dg.DagsterR
             if status in FINISHED:
                 return status
         time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    """What Dagster's client raises, and what it lets through of the libraries under it."""
+    from dagster_graphql import DagsterGraphQLClientError
+    from gql.transport.exceptions import TransportError
+    from requests.exceptions import RequestException
+
+    return DagsterGraphQLClientError, TransportError, RequestException
 
 
 def _one_line(error: Exception) -> str:

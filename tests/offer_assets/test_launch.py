@@ -4,9 +4,11 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import httpx
@@ -52,25 +54,16 @@ def looks_often(monkeypatch):
     monkeypatch.setattr(launching, "_SECONDS_BETWEEN_LOOKS", 0.2)
 
 
-def test_a_job_is_started_watched_and_its_success_told(deployment, capsys):
-    assert main(["launch", "make_thing", "--url", deployment]) == 0
+def test_a_job_is_started_for_a_partition_watched_and_its_success_told(deployment, capsys):
+    assert main(["launch", "make_part", "--partition", "cpu", "--url", deployment]) == 0
     link, outcome = capsys.readouterr().out.splitlines()
-    assert link.startswith(f"make_thing: {deployment}/runs/")
-    assert outcome == "make_thing: SUCCESS"
+    assert link.startswith(f"make_part: {deployment}/runs/")
+    assert outcome == "make_part: SUCCESS"
 
 
 def test_the_failure_of_a_run_is_that_of_the_command(deployment, capsys):
     assert main(["launch", "make_nothing", "--url", f"{deployment}/"]) == 1
     assert capsys.readouterr().out.endswith("make_nothing: FAILURE\n")
-
-
-def test_a_partition_is_handed_over(deployment):
-    assert main(["launch", "make_part", "--partition", "cpu", "--url", deployment]) == 0
-
-
-def test_nobody_has_to_wait(deployment, capsys):
-    assert main(["launch", "make_nothing", "--no-wait", "--url", deployment]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 1
 
 
 def test_an_unknown_job_is_one_line(deployment, capsys):
@@ -82,7 +75,7 @@ def test_an_unknown_job_is_one_line(deployment, capsys):
 
 @pytest.mark.parametrize("url", ["dagster.example.com", "ftp://127.0.0.1"])
 def test_what_is_no_address_of_a_page_is_named(url, capsys):
-    assert main(["launch", "make_thing", "--url", url]) == 2
+    assert main(["launch", "make_part", "--url", url]) == 2
     assert f"--url {url}: expected" in capsys.readouterr().err
 
 
@@ -90,7 +83,24 @@ def test_a_deployment_that_is_not_there_is_one_line(capsys):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}"
-        assert main(["launch", "make_thing", "--url", url]) == 2
+        assert main(["launch", "make_part", "--url", url]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_page_that_asks_for_a_password_is_one_line(capsys):
+    class LoginPage(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>Who are you?</html>")
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), LoginPage) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert main(["launch", "make_part", "--url", f"http://127.0.0.1:{server.server_port}"]) == 2
+        server.shutdown()
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
