@@ -152,6 +152,15 @@ def test_a_deployment_knows_the_code_location_by_the_same_name():
     assert f'"--location-name", "{there["location_name"]}"' in served
 
 
+@pytest.mark.parametrize("page", ["docs/security.md", "deploy/iam/README.md", "deploy/images/README.md"])
+def test_what_a_page_names_is_there(page):
+    text = (ROOT / page).read_text()
+    named = set(re.findall(r"`((?:ml|resources|deploy|tests|\.github)/[\w./-]*)`", text))
+    assert all((ROOT / place).exists() for place in named), named
+    for variable in re.findall(r"`(OFFER_ASSETS_\w+[A-Z])", text):
+        assert variable in (ROOT / ".env.example").read_text(), variable
+
+
 def test_every_dependency_is_pinned_to_one_version():
     for line in (ROOT / "constraints.txt").read_text().splitlines():
         assert re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!+]+", line), line
