@@ -27,7 +27,8 @@ from ml.errors import InputError
 from ml.serving.workers import cores_for_workers, single_thread_environment
 from ml.stages import SERVABLE
 
-DEFAULT_MODEL = "/opt/ml/model"
+BASE_FOLDER = "/opt/ml"
+"""Where SageMaker puts what a container needs; ``SAGEMAKER_BASE_DIR`` moves it."""
 DEFAULT_PORT = 8080
 DEFAULT_QUEUE = 32
 DEFAULT_TIMEOUT_SECONDS = 60
@@ -274,15 +275,16 @@ def _say(line: str) -> None:
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
+    in_container = str(Path(os.environ.get("SAGEMAKER_BASE_DIR", BASE_FOLDER), "model"))
     parser = argparse.ArgumentParser(
         prog="python -m ml serve",
         description="Answer /ping and /invocations with a compiled model.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--model", default=DEFAULT_MODEL, metavar="DIR", help="a compiled_student artifact")
+    parser.add_argument("--model", default=in_container, metavar="DIR", help="a compiled_student artifact")
     parser.add_argument(
         "--host",
-        help=f"address to listen on (127.0.0.1; for {DEFAULT_MODEL}, in a container that is, every address)",
+        help=f"address to listen on (127.0.0.1; for {in_container}, in a container that is, every address)",
     )
     parser.add_argument(
         "--port",
@@ -312,7 +314,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     )
     options = parser.parse_args(arguments)
     if options.host is None:
-        options.host = "0.0.0.0" if options.model == DEFAULT_MODEL else "127.0.0.1"
+        options.host = "0.0.0.0" if options.model == in_container else "127.0.0.1"
     for name in ("workers", "queue", "timeout"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise InputError(f"--{name} {getattr(options, name)}: expected at least 1")

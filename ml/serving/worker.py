@@ -23,6 +23,7 @@ import uvicorn
 
 from ml.errors import InputError
 from ml.serving.predictor import Prediction, Predictor
+from ml.serving.protocol import protocol_with_deadline
 from ml.serving.server import Listening, bound_socket
 
 MAX_BODY_BYTES = 6_291_456
@@ -72,7 +73,9 @@ class ServingApp:
 
         Args:
             predictor: What answers; called from one thread only.
-            queue_size: Requests under way at once, from their first byte on; more get 503.
+            queue_size: Requests at once whose body has arrived; more get 503. Those that still arrive
+                hold no place, so that slow clients do not keep others out, but at most as many bytes
+                as that many of the largest bodies.
             timeout_seconds: A body that takes longer to arrive gets 408, one that waits longer for
                 its answer 503.
         """
@@ -82,6 +85,8 @@ class ServingApp:
         self._queue_size = queue_size
         self._timeout_seconds = timeout_seconds
         self._under_way = 0
+        self._arrived_bytes = 0
+        """Of bodies that are not complete yet."""
         self._inference = ThreadPoolExecutor(1, thread_name_prefix="inference")
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -121,13 +126,18 @@ class ServingApp:
     async def _invoke(self, scope: Message, receive: Receive) -> bytes:
         if self._under_way >= self._queue_size:
             await self._discard(receive)
-            raise _Refusal(503, f"{self._queue_size} requests are under way already; try again in a second")
+            raise self._busy()
+        body = await self._read(receive)
+        if self._under_way >= self._queue_size:
+            raise self._busy()
         self._under_way += 1
         try:
-            body = await self._read(receive)
             return await self._answer(body, _content_type(scope))
         finally:
             self._under_way -= 1
+
+    def _busy(self) -> _Refusal:
+        return _Refusal(503, f"{self._queue_size} requests are under way already; try again in a second")
 
     async def _read(self, receive: Receive) -> bytes:
         chunks, size, is_complete = [], 0, False
@@ -136,15 +146,21 @@ class ServingApp:
                 while not is_complete:
                     chunk, is_complete = await _next_chunk(receive)
                     size += len(chunk)
+                    self._arrived_bytes += len(chunk)
                     if size > MAX_BODY_BYTES:
                         await self._discard(receive, is_complete)
                         raise _Refusal(
                             413,
                             f"the body is larger than {MAX_BODY_BYTES:,} bytes; send fewer offers at once",
                         )
+                    if self._arrived_bytes > self._queue_size * MAX_BODY_BYTES:
+                        await self._discard(receive, is_complete)
+                        raise self._busy()
                     chunks.append(chunk)
         except TimeoutError:
             raise _Refusal(408, f"the body did not arrive within {self._timeout_seconds:g} s") from None
+        finally:
+            self._arrived_bytes -= size
         return b"".join(chunks)
 
     async def _discard(self, receive: Receive, is_complete: bool = False) -> None:
@@ -283,7 +299,7 @@ def _serve(options: argparse.Namespace) -> None:
     config = uvicorn.Config(
         app,
         loop="uvloop",
-        http="httptools",
+        http=protocol_with_deadline(options.timeout),
         ws="none",
         lifespan="off",
         interface="asgi3",
