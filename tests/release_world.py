@@ -26,8 +26,8 @@ from offer_assets.partitions import COMPILE_TARGETS, CPU
 from offer_assets.promotion import PROMOTION_JOBS, ReleasePolicy
 from resources.artifact_store import FolderArtifactStore
 from resources.compute import LocalCompute
-from resources.endpoints import LocalEndpoints
 from resources.io_manager import ArtifactRefIOManager
+from resources.local_endpoints import LocalEndpoints
 from resources.tracking import MlflowTracking, RegisteredVersion
 
 REGISTER = "register"

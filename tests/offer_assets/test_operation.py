@@ -144,13 +144,7 @@ class DeadEndpoints(Endpoints):
     def deploy(self, folder: Path, ref: ArtifactRef) -> EndpointStatus:
         ASKED.deployed.append(ref)
         return EndpointStatus(
-            model=str(folder),
-            url="http://up",
-            model_version="v",
-            taxonomy_version="t",
-            pid=1,
-            started="",
-            process_started="",
+            url="http://up", model_version="v", taxonomy_version="t", started="", variants=[]
         )
 
     def check_available(self) -> None:

@@ -22,8 +22,9 @@ import pytest
 
 from ml.artifacts import ArtifactRef, reference, write_manifest
 from ml.errors import InputError
-from resources import endpoints as endpoints_module
-from resources.endpoints import EndpointError, Endpoints, EndpointStatus, LocalEndpoints
+from resources import local_endpoints
+from resources.endpoints import EndpointError, Endpoints, EndpointStatus
+from resources.local_endpoints import LocalEndpoints
 
 Model = Callable[..., tuple[Path, ArtifactRef]]
 
@@ -75,6 +76,10 @@ def is_alive(pid: int) -> bool:
     return state != "Z"
 
 
+def process_of(status: EndpointStatus) -> int:
+    return int(status.details["pid"])
+
+
 def test_nothing_serves_before_the_first_deployment(endpoints):
     assert endpoints.status() is None
     with pytest.raises(EndpointError, match="does not answer"):
@@ -114,8 +119,8 @@ def test_a_new_version_takes_over_and_the_old_one_ends(endpoints, model):
     old = endpoints.deploy(*model("first"))
     folder, ref = model("second")
     new = endpoints.deploy(folder, ref)
-    assert new.pid != old.pid
-    assert not is_alive(old.pid)
+    assert process_of(new) != process_of(old)
+    assert not is_alive(process_of(old))
     assert {httpx.get(f"{new.url}/ping").json()["model_version"] for _ in range(20)} == {ref.version}
 
 
@@ -138,7 +143,7 @@ def test_refused_offers_are_an_input_error_in_the_endpoints_words(endpoints, mod
 def test_a_stopped_endpoint_is_gone_and_stopping_again_is_nothing(endpoints, model):
     status = endpoints.deploy(*model("first"))
     assert endpoints.stop()
-    assert not is_alive(status.pid)
+    assert not is_alive(process_of(status))
     assert endpoints.status() is None
     assert not endpoints.stop()
 
@@ -146,11 +151,11 @@ def test_a_stopped_endpoint_is_gone_and_stopping_again_is_nothing(endpoints, mod
 def test_an_endpoint_that_died_is_started_again(endpoints, model):
     folder, ref = model("first")
     dead = endpoints.deploy(folder, ref)
-    os.kill(dead.pid, signal.SIGKILL)
-    while is_alive(dead.pid):
+    os.kill(process_of(dead), signal.SIGKILL)
+    while is_alive(process_of(dead)):
         time.sleep(0.01)
     assert endpoints.status() is None
-    assert endpoints.deploy(folder, ref).pid != dead.pid
+    assert process_of(endpoints.deploy(folder, ref)) != process_of(dead)
 
 
 def test_two_deployments_at_once_leave_one_server(endpoints, model):
@@ -163,7 +168,7 @@ def test_two_deployments_at_once_leave_one_server(endpoints, model):
         thread.start()
     for thread in threads:
         thread.join()
-    assert len({status.pid for status in results}) == 1
+    assert len({process_of(status) for status in results}) == 1
 
 
 def test_one_at_a_time_changes_what_serves(endpoints):
@@ -208,15 +213,16 @@ class TestLocal:
 
     def test_a_process_that_got_the_id_of_a_dead_server_is_left_alone(self, endpoints, model, tmp_path):
         """``current.json`` names this very test process, as if it had got the id of the server."""
-        status = endpoints.deploy(*model("first"))
-        endpoints.stop()
+        endpoints.deploy(*model("first"))
         current = tmp_path / "home" / "endpoint" / "current.json"
-        current.write_bytes(msgspec.json.encode(msgspec.structs.replace(status, pid=os.getpid())))
+        written = current.read_bytes()
+        endpoints.stop()
+        current.write_bytes(msgspec.json.encode({**msgspec.json.decode(written), "pid": os.getpid()}))
         assert endpoints.status() is None
         assert not endpoints.stop()
 
     def test_the_server_outlives_a_signal_to_its_starters_group(self, endpoints, model):
-        assert os.getpgid(endpoints.deploy(*model("first")).pid) != os.getpgid(0)
+        assert os.getpgid(process_of(endpoints.deploy(*model("first")))) != os.getpgid(0)
 
     def test_another_port_in_the_settings_moves_the_endpoint(self, endpoints, model):
         folder, ref = model("first")
@@ -226,10 +232,10 @@ class TestLocal:
             other_port = probe.getsockname()[1]
         moved = LocalEndpoints(home=endpoints.home, port=other_port, workers=1, program=endpoints.program)
         assert moved.deploy(folder, ref).url.endswith(f":{other_port}")
-        assert not is_alive(old.pid)
+        assert not is_alive(process_of(old))
 
     def test_a_server_that_never_answers_is_ended(self, endpoints, model, monkeypatch):
-        monkeypatch.setattr(endpoints_module, "_SECONDS_TO_ANSWER", 0.0)
+        monkeypatch.setattr(local_endpoints, "_SECONDS_TO_ANSWER", 0.0)
         with pytest.raises(EndpointError, match="did not answer within 0 s"):
             endpoints.deploy(*model("first"))
         assert endpoints.status() is None
@@ -263,4 +269,4 @@ def test_no_request_is_lost_while_one_real_model_takes_over_from_another(
     assert all([prediction["offer_id"] for prediction in answer] == list("01234567") for answer in answers)
     assert {answer[0]["model_version"] for answer in answers} >= {old.model_version}
     assert {prediction["model_version"] for prediction in last} == {new.model_version}
-    assert not is_alive(old.pid)
+    assert not is_alive(process_of(old))
