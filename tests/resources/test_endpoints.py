@@ -22,7 +22,7 @@ import pytest
 
 from ml.artifacts import ArtifactRef, reference, write_manifest
 from ml.errors import InputError
-from resources import local_endpoints
+from resources import server_process
 from resources.endpoints import EndpointError, Endpoints, EndpointStatus
 from resources.local_endpoints import LocalEndpoints
 
@@ -235,7 +235,7 @@ class TestLocal:
         assert not is_alive(process_of(old))
 
     def test_a_server_that_never_answers_is_ended(self, endpoints, model, monkeypatch):
-        monkeypatch.setattr(local_endpoints, "_SECONDS_TO_ANSWER", 0.0)
+        monkeypatch.setattr(server_process, "_SECONDS_TO_ANSWER", 0.0)
         with pytest.raises(EndpointError, match="did not answer within 0 s"):
             endpoints.deploy(*model("first"))
         assert endpoints.status() is None
