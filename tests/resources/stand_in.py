@@ -80,6 +80,8 @@ def serve(arguments: list[str]) -> None:
     if behaviour == "broken":
         print("error: the weights are not what the manifest says", file=sys.stderr)
         sys.exit(2)
+    if behaviour == "come up slowly":
+        time.sleep(2)
     version = short_version(read_manifest(options.model).digest)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     if options.end_with_stdin:
@@ -126,7 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif behaviour == "die":
             os._exit(1)
         else:
-            time.sleep({"slow": 0.3, "hang": 30.0}.get(behaviour, 0.0))
+            time.sleep({"slow": 0.3, "hang": 5.0}.get(behaviour, 0.0))
             predictions = [
                 {"offer_id": offer["offer_id"], "category_id": "c1", "model_version": version}
                 for offer in offers
