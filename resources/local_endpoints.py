@@ -191,11 +191,18 @@ class LocalEndpoints(Endpoints):
             return self._change(router, [new])
         except BaseException:
             # Also when this run is canceled: nobody would watch any more.
-            try:
-                self._change(router, [before])
-            except EndpointError as error:
-                _log().error(f"model version {before.model_version} goes on behind the router: {error}")
+            self._return_to(before, router)
             raise
+
+    def _return_to(self, before: RoutedVariant, router: Serving) -> None:
+        """Let the version before serve alone again, unless the new one took over in the meantime."""
+        current = self._settled()
+        if current is not None and current.process != router.process:
+            return
+        try:
+            self._change(current, [before])
+        except (EndpointError, InputError) as error:
+            _log().error(f"model version {before.model_version} does not serve alone again: {error}")
 
     def _watch(self, router: Serving, before: RoutedVariant, new: RoutedVariant) -> None:
         policy, control = self.policy, Path(router.control)
@@ -216,7 +223,8 @@ class LocalEndpoints(Endpoints):
                 ) from None
             seen = next(variant for variant in state.variants if variant.name == new.name)
             if alarm := alarm_of(seen, policy):
-                routing.ask(control, {before.name: 1.0}, _SECONDS_OF_A_SHARE)
+                with suppress(RouterGoneError):  # without a router no request goes to it either
+                    routing.ask(control, {before.name: 1.0}, _SECONDS_OF_A_SHARE)
                 raise RolledBackError(
                     f"model version {new.model_version} was rolled back: {alarm}. Model version "
                     f"{before.model_version} has all requests again"

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 
 import dagster as dg
@@ -267,6 +268,47 @@ def test_a_killed_deployer_leaves_all_requests_with_the_old_version(
     again = endpoints.deploy(old_folder, old)
     assert [v.model_version for v in again.variants] == [old.version]
     assert servers_of(endpoints) == {process_of(again)}
+
+
+@pytest.mark.parametrize("moment", ["_watch", "end"])
+def test_a_canceled_roll_out_leaves_one_server(world, endpoints, model, monkeypatch, moment):
+    """Canceled while it watches, or when the new version has the port and the router is to end."""
+    old_folder, old = model("first")
+    endpoints.deploy(old_folder, old)
+    folder, new = model("second")
+    trying = world.endpoints(canary_seconds=0.1)
+    with monkeypatch.context() as patched:
+        if moment == "_watch":
+            patched.setattr(LocalEndpoints, "_watch", canceled)
+        else:
+            end, ends = server_process.ServerProcess.end, count()
+
+            def end_but_not_the_second(process: server_process.ServerProcess) -> None:
+                canceled() if next(ends) == 1 else end(process)
+
+            patched.setattr(server_process.ServerProcess, "end", end_but_not_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            trying.deploy(folder, new)
+    serving = endpoints.status()
+    assert serving.model_version == (old if moment == "_watch" else new).version
+    assert servers_of(endpoints) == {process_of(serving)}
+
+
+def canceled(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_killed_router_ends_a_roll_out_with_the_version_before(world, endpoints, model):
+    old_folder, old = model("first")
+    endpoints.deploy(old_folder, old)
+    folder, new = model("second")
+    with ThreadPoolExecutor(1) as pool:
+        deploying = pool.submit(world.endpoints(canary_seconds=600.0).deploy, folder, new)
+        eventually(lambda: [o for o in endpoints.observations() if o.variant.weight == 0.1])
+        os.kill(process_of(endpoints.status()), signal.SIGKILL)
+        with pytest.raises(EndpointError, match="the router ended while model version"):
+            deploying.result()
+    assert [v.model_version for v in endpoints.status().variants] == [old.version]
 
 
 def test_only_the_owner_can_steer_the_router(endpoints, model):
