@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import botocore.session
+
+_IAM = Path(__file__).resolve().parents[2] / "deploy" / "iam"
 
 _MANAGED_TRANSFERS = {
     "upload_file": ("PutObject", "CreateMultipartUpload", "UploadPart", "AbortMultipartUpload"),
@@ -172,3 +175,30 @@ def _methods(service: str) -> dict[str, str]:
     """Operation by method of the client."""
     client = botocore.session.get_session().create_client(service, region_name="eu-central-1")
     return dict(client.meta.method_to_api_mapping)
+
+
+def allowed_actions(document: str) -> set[str]:
+    """Actions that a policy of ``deploy/iam`` allows."""
+    statements = json.loads((_IAM / f"{document}.json").read_text())["Statement"]
+    actions = [statement["Action"] for statement in statements]
+    return {name for action in actions for name in ([action] if isinstance(action, str) else action)}
+
+
+def actions_of_requests(calls: Iterable[tuple[str, str]]) -> set[str]:
+    """Actions of IAM for what the stand-in noted: (service, operation, or method and path)."""
+    return {_action_of_request(service, operation) for service, operation in calls}
+
+
+def _action_of_request(service: str, operation: str) -> str:
+    if service == "s3":
+        method, _, path = operation.partition(" ")
+        is_bucket = path.strip("/").count("/") == 0
+        names = {"GET": "GetObject", "HEAD": "GetObject", "DELETE": "AbortMultipartUpload"}
+        return "s3:ListBucket" if is_bucket and method in names else f"s3:{names.get(method, 'PutObject')}"
+    if operation.startswith("POST /endpoints/"):
+        return "sagemaker:InvokeEndpoint"
+    return f"{_SIGNING_NAMES.get(service, service)}:{operation}"
+
+
+_SIGNING_NAMES = {"monitoring": "cloudwatch"}
+"""Services whose requests are signed under another name than that of their actions."""

@@ -10,7 +10,7 @@ from offer_assets.__main__ import main
 from offer_assets.iam import documents, render
 from resources.settings import Settings
 from tests.aws.conftest import BUCKET, access
-from tests.aws.iam import actions_of, calls_in, methods_called_on
+from tests.aws.iam import actions_of, allowed_actions, calls_in, methods_called_on
 
 ROOT = Path(__file__).resolve().parents[2]
 IAM = ROOT / "deploy" / "iam"
@@ -90,7 +90,7 @@ def test_every_call_of_aws_can_be_told_from_the_source():
 
 def test_the_orchestrator_may_do_what_the_code_does_and_nothing_else():
     needed = _needed_by(ROOT / "resources")
-    allowed = _allowed("orchestrator")
+    allowed = allowed_actions("orchestrator")
     missing = {action: places for action, places in needed.items() if action not in allowed}
     assert missing == {}, f"add to deploy/iam/orchestrator.json: {missing}"
     unneeded = sorted(allowed - set(needed))
@@ -225,11 +225,6 @@ def _needed_by(folder: Path) -> dict[str, list[str]]:
         for name in OF_MLFLOW.get(method, {own_name}):
             needed.setdefault(f"sagemaker-mlflow:{name}", []).append(f"{tracking.name} {method}")
     return needed
-
-
-def _allowed(document: str) -> set[str]:
-    statements = json.loads((IAM / f"{document}.json").read_text())["Statement"]
-    return {action for statement in statements for action in _list(statement["Action"])}
 
 
 def _list(value) -> list[str]:
