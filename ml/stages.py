@@ -366,7 +366,7 @@ class ServingMeasurementParameters(Parameters, frozen=True, kw_only=True):
 class ServingBenchmarkParameters(Parameters, frozen=True, kw_only=True):
     """Parameters of ``serving_benchmark``."""
 
-    prices: Annotated[list[InstancePrice], Meta(description="Instance types, what they cost and have.")]
+    prices: Annotated[list[InstancePrice], Meta(description="Instance types, what they cost and have; JSON.")]
     prices_from: Annotated[str, Meta(description="Region and date of the prices, in words.")]
     reports: Annotated[
         list[DeviceReport], Meta(description="What was measured of the same student on other hosts.")

@@ -79,7 +79,7 @@ def serving_benchmark(
     return materialization(
         result,
         metadata={
-            "cheapest": metrics["sentence"],
+            "verdict": metrics["sentence"],
             "prices": metrics["prices"],
             "machine": measured.manifest.metrics["machine"],
             "instances": table(pq.read_table(folder / "benchmark.parquet").to_pylist()),

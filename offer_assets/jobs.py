@@ -111,8 +111,8 @@ measure_quality = dg.define_asset_job(
 benchmark_serving = dg.define_asset_job(
     BENCHMARK_SERVING,
     selection=dg.AssetSelection.assets("serving_benchmark"),
-    description="Measure the compiled student on this machine (half a minute, best with nothing beside it) and "
-    "say which instance serves the peak load at the least cost. By hand: no release waits for it.",
+    description="Measure the compiled student on this machine (half a minute, best with nothing beside it), "
+    "and say which instance serves the peak load at the least cost. By hand: no release waits for it.",
 )
 
 JOBS = [

@@ -141,6 +141,6 @@ class ServingLimits(dg.ConfigurableResource):
             prices_from=prices.in_words,
             reports=reports,
             peak_offers_per_second=self.peak_offers_per_second,
-            p99_milliseconds=self.alarm_p99_milliseconds,
+            p99_milliseconds=float(self.alarm_p99_milliseconds),  # as the runner reads it: part of the key
             max_instances=self.aws_endpoint_max_instances,
         )

@@ -32,25 +32,23 @@ MACHINE_FILE = "machine.json"
 BENCHMARK_FILE = "benchmark.parquet"
 LATENCY_FILE = "latency.parquet"
 
-_SCHEMA = pa.schema(
-    {
-        "instance_type": pa.string(),
-        "target": pa.string(),
-        "basis": pa.string(),
-        "meets_limits": pa.bool_(),
-        "vcpus": pa.int64(),
-        "usd_per_hour": pa.float64(),
-        "offers_per_second": pa.float64(),
-        "usd_per_million_offers": pa.float64(),
-        "loaded_offers_per_second": pa.float64(),
-        "p50_milliseconds": pa.float64(),
-        "p99_milliseconds": pa.float64(),
-        "instances_for_peak": pa.int64(),
-        "usd_per_hour_for_peak": pa.float64(),
-        "why_not": pa.string(),
-        "how": pa.string(),
-    }
-)
+_COLUMNS: dict[str, pa.DataType] = {
+    "instance_type": pa.string(),
+    "target": pa.string(),
+    "basis": pa.string(),
+    "meets_limits": pa.bool_(),
+    "vcpus": pa.int64(),
+    "usd_per_hour": pa.float64(),
+    "offers_per_second": pa.float64(),
+    "usd_per_million_offers": pa.float64(),
+    "loaded_offers_per_second": pa.float64(),
+    "p50_milliseconds": pa.float64(),
+    "p99_milliseconds": pa.float64(),
+    "instances_for_peak": pa.int64(),
+    "usd_per_hour_for_peak": pa.float64(),
+    "why_not": pa.string(),
+    "how": pa.string(),
+}
 """Of :class:`ml.serving.instances.InstanceRow`, which says what each is."""
 
 
@@ -75,12 +73,12 @@ def compare_serving(context: StageContext, parameters: ServingBenchmarkParameter
 
     latency = latency_rows([here, *parameters.reports])
     pq.write_table(
-        pa.Table.from_pylist([msgspec.to_builtins(row) for row in rows], _SCHEMA),
+        pa.Table.from_pylist([msgspec.to_builtins(row) for row in rows], pa.schema(_COLUMNS)),
         context.output / BENCHMARK_FILE,
     )
     pq.write_table(pa.Table.from_pylist(latency), context.output / LATENCY_FILE)
-    (context.output / "costs.png").write_bytes(costs(rows))
-    (context.output / "latency.png").write_bytes(latencies(latency, limits.p99_milliseconds))
+    (context.output / "costs_plot.png").write_bytes(costs(rows))
+    (context.output / "latency_plot.png").write_bytes(latencies(latency, limits.p99_milliseconds))
     return {
         "measured": _count(rows, MEASURED),
         "projected": _count(rows, PROJECTED),

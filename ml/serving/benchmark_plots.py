@@ -48,7 +48,8 @@ def costs(rows: Sequence[InstanceRow]) -> bytes:
             row.instance_type.removeprefix("ml."),
             (row.offers_per_second, row.usd_per_million_offers),
             textcoords="offset points",
-            xytext=(4, 4),
+            xytext=(3, 3),
+            rotation=45,
             fontsize=6,
             color=_INK,
         )
@@ -124,6 +125,8 @@ def _tidy(axes: Axes) -> None:
     axes.grid(color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=_INK, labelsize=7)
+    axes.xaxis.label.set_fontsize(8)
+    axes.yaxis.label.set_fontsize(8)
 
 
 def _png(figure: Figure) -> bytes:

@@ -27,8 +27,8 @@ def measure_serving(context: StageContext, parameters: ServingMeasurementParamet
     machine = this_machine()
     if parameters.machine != machine.description:
         raise InputError(
-            f"machine {parameters.machine!r}: this one is {machine.description!r}, and figures of one machine "
-            "are not those of another; give what this one is, or run it there"
+            f"machine {parameters.machine!r}: this one is {machine.description!r}, whose figures are others; "
+            "give what this one is, or run it there"
         )
     report = measure(
         Measurement(

@@ -40,7 +40,6 @@ class InstancePrice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 class PriceList(msgspec.Struct, frozen=True, kw_only=True):
     """A price file, as read."""
 
-    place: str
     region: str
     as_of: str
     """ISO date."""
@@ -82,7 +81,6 @@ def _read(file: Path) -> PriceList:
     if not isinstance(tables, dict) or not tables:
         raise InputError('has no prices: tables are called [instances."ml.c7i.xlarge"]')
     return PriceList(
-        place=str(file),
         **{key: str(value) for key, value in head.items()},
         instances=[_instance(name, table) for name, table in tables.items()],
     )
