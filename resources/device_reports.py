@@ -35,15 +35,25 @@ class DeviceReports(dg.ConfigurableResource["DeviceReports"]):
         Raises:
             InputFailure: the location cannot be read.
         """
+        reports, unreadable = self.all()
+        of_model = [report for report in reports if report.model_digest == digest]
+        newest = max(of_model, key=lambda report: report.measured_at, default=None)
+        return ReportsFound(newest=newest, unreadable=unreadable)
+
+    @input_errors_fail_plainly()
+    def all(self) -> tuple[list[DeviceReport], list[str]]:
+        """Reports of all models, and the files that are none, each with what is wrong with it.
+
+        Raises:
+            InputFailure: the location cannot be read.
+        """
         reports, unreadable = list[DeviceReport](), list[str]()
         for path, content in self._files().items():
             try:
                 reports.append(read_report(content, path))
             except InputError as error:
                 unreadable.append(str(error))
-        of_model = [report for report in reports if report.model_digest == digest]
-        newest = max(of_model, key=lambda report: report.measured_at, default=None)
-        return ReportsFound(newest=newest, unreadable=unreadable)
+        return reports, unreadable
 
     def _files(self) -> dict[str, bytes]:
         """Content of every file, in the order of their names; none where nothing was measured yet."""

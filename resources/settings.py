@@ -21,7 +21,13 @@ from pydantic_settings import SettingsConfigDict
 
 from ml.demo import OFFERS_PER_DAY
 from ml.errors import InputError
-from ml.stages import Parameters, StudentParameters, TeacherParameters, TrainingSampleParameters
+from ml.stages import (
+    Parameters,
+    ServingBenchmarkParameters,
+    StudentParameters,
+    TeacherParameters,
+    TrainingSampleParameters,
+)
 from resources.aws_settings import AwsSettings
 from resources.redaction import without_secrets
 
@@ -399,6 +405,18 @@ class Settings(AwsSettings):
         description="Reports that python -m ml device-report wrote on other hosts: a folder or an S3 prefix. "
         "Empty: device-reports in OFFER_ASSETS_HOME.",
     )
+    prices: Annotated[str, AfterValidator(_existing_file)] = Field(
+        default="",
+        validation_alias="OFFER_ASSETS_PRICES",
+        description="TOML file with what instances cost and have, for serving_benchmark. Empty: "
+        "ml/serving/prices.toml, which is one to start from, not to rely on.",
+    )
+    peak_offers_per_second: float = Field(
+        default=_default(ServingBenchmarkParameters, "peak_offers_per_second"),
+        gt=0,
+        validation_alias="OFFER_ASSETS_PEAK_OFFERS_PER_SECOND",
+        description="Load that serving_benchmark finds instances for; they bear it with one of them missing.",
+    )
     mlflow_tracking_uri: Annotated[str, AfterValidator(_known_tracking_uri)] = Field(
         default="",
         validation_alias="MLFLOW_TRACKING_URI",
@@ -413,7 +431,7 @@ class Settings(AwsSettings):
 
     @classmethod
     def from_environment(cls) -> Self:
-        """Read and check all settings, and the files with alert routes and jobs that they name.
+        """Read and check all settings, and the files with alert routes, jobs and prices that they name.
 
         Raises:
             SettingsError: one line that names the variable, its value and what is expected.
@@ -425,6 +443,7 @@ class Settings(AwsSettings):
             raise SettingsError("; ".join(_explain(cls, each) for each in error.errors())) from None
         _check_routes(settings.alert_routes)
         _check_jobs(settings.aws_jobs)
+        _check_prices(settings.prices)
         return settings
 
     @property
@@ -579,6 +598,16 @@ def _check_jobs(file: str) -> None:
         read_plan(file)
     except InputError as error:
         raise SettingsError(f"OFFER_ASSETS_AWS_JOBS: {error}") from None
+
+
+def _check_prices(file: str) -> None:
+    """As for the routes."""
+    from ml.serving.prices import read_prices
+
+    try:
+        read_prices(file)
+    except InputError as error:
+        raise SettingsError(f"OFFER_ASSETS_PRICES: {error}") from None
 
 
 def _variables(settings: type[Settings]) -> list[str]:

@@ -13,7 +13,6 @@ import datetime
 import importlib.metadata
 import itertools
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from ml.runner import code_revision
 from ml.serving.compiled_model import CPU, NEURON, CompiledModel, ModelSettings
 from ml.serving.device_report import DeviceReport, Latency, Parity, Throughput
 from ml.serving.load import measure_latency
+from ml.serving.machine import this_machine
 from ml.serving.neuron import NeuronHost, sdk_versions
 from ml.serving.parity import compare, evaluation_sample
 from ml.serving.pool import PredictorPool, WorkerError
@@ -57,7 +57,6 @@ _SECONDS_TO_START = 600.0
 
 _SECONDS_TO_END = 60.0
 _OFFERS_LOCK = threading.Lock()
-_INSTANCE_VARIABLE = "SM_CURRENT_INSTANCE_TYPE"
 _HOW = (
     "throughput: processes of python -m ml classify; latency: python -m ml serve, client on the same host; "
     "every text made distinct by a number, so that no answer came from memory; parity in one process"
@@ -68,6 +67,28 @@ class MeasurementError(Exception):
     """What was to be measured does not work here."""
 
 
+class Measurement(msgspec.Struct, frozen=True, kw_only=True):
+    """What is measured, and for how long."""
+
+    model: Path
+    """A servable artifact."""
+    student: Path
+    """The ``student_checkpoint`` that it was made of."""
+    evaluation_set: Path
+    instance_type: str
+    """What this host is, for the report."""
+    workers: int | None = None
+    """Processes; None: one per core of what computes."""
+    offers: int = 2_000
+    """Offers compared."""
+    seconds: float = 20.0
+    """Length of each of the measurements."""
+    request_sizes: tuple[int, ...] = (1, 32, 256)
+    """Offers of a request, measured without other load."""
+    rate: float = 0.0
+    """Offers per second of the stated load; 0: half of the throughput."""
+
+
 def main(arguments: Sequence[str]) -> None:
     """Measure and write the report.
 
@@ -76,20 +97,27 @@ def main(arguments: Sequence[str]) -> None:
             written.
     """
     options = _options(arguments)
+    progress = Progress("device-report")
+    fields = Measurement.__struct_fields__
     try:
-        report = measure(options)
+        report = measure(Measurement(**{name: getattr(options, name) for name in fields}), progress)
     except (WorkerError, MeasurementError) as error:
         raise SystemExit(f"error: {error}") from None
     unfinished = options.output.with_name(f".{options.output.name}.{os.getpid()}.partial")
     unfinished.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
     unfinished.rename(options.output)
-    Progress("device-report").say(f"written to {options.output}")
+    progress.say(f"written to {options.output}")
 
 
-def measure(options: argparse.Namespace) -> DeviceReport:
-    """The report that the command line of :func:`main` asks for."""
-    progress = Progress("device-report")
-    model, student = Path(options.model), Path(options.student)
+def measure(options: Measurement, progress: Progress) -> DeviceReport:
+    """Measure a model on this host.
+
+    Raises:
+        InputError: the model cannot run here, or the artifacts do not belong together.
+        WorkerError: a process died.
+        MeasurementError: the model cannot be served, or no request was answered.
+    """
+    model, student = options.model, options.student
     manifest = verify(model, kinds=SERVABLE)
     if manifest.inputs.get("student_checkpoint") != verify(student, kinds=["student_checkpoint"]).digest:
         raise InputError(f"--model {model} was not made of --student {student}; give the one it was made of")
@@ -155,7 +183,7 @@ def _latency(
     workers: int,
     texts: Sequence[str],
     rate: float,
-    options: argparse.Namespace,
+    options: Measurement,
     progress: Progress,
 ) -> tuple[list[Latency], int]:
     """Latency at each size of request and at the stated load; and the workers' memory, at its peak."""
@@ -241,14 +269,18 @@ def _versions(target: str) -> dict[str, str]:
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
+    machine = this_machine()
+    default = {field.name: field.default for field in msgspec.structs.fields(Measurement)}
     parser = argparse.ArgumentParser(
         prog="python -m ml device-report",
         description="Measure a compiled model on this host and write a report of it.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--model", required=True, metavar="DIR", help="a compiled_student artifact")
     parser.add_argument(
-        "--student", required=True, metavar="DIR", help="the student_checkpoint that it was made of"
+        "--model", required=True, type=Path, metavar="DIR", help="a compiled_student artifact"
+    )
+    parser.add_argument(
+        "--student", required=True, type=Path, metavar="DIR", help="the student_checkpoint it was made of"
     )
     parser.add_argument(
         "--evaluation-set", required=True, type=Path, metavar="DIR", help="an evaluation_set artifact"
@@ -256,21 +288,30 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="JSON file to write")
     parser.add_argument(
         "--instance-type",
-        default=os.environ.get(_INSTANCE_VARIABLE) or f"{platform.machine()} with {available_cores()} cores",
-        help=f"what this host is, e.g. inf2.xlarge; {_INSTANCE_VARIABLE} sets the default",
+        default=machine.instance_type or machine.description,
+        help="what this host is, e.g. inf2.xlarge; on EC2 and in SageMaker it knows that by itself",
     )
     parser.add_argument(
         "--workers", type=int, help="processes (one per core; on a Neuron host one per Neuron core)"
     )
-    parser.add_argument("--offers", type=int, default=2_000, help="offers compared; few for a dry run")
-    parser.add_argument("--seconds", type=float, default=20.0, help="length of each measurement")
     parser.add_argument(
-        "--request-sizes", type=int, nargs="+", default=[1, 32, 256], metavar="N", help="offers of a request"
+        "--offers", type=int, default=default["offers"], help="offers compared; few for a dry run"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=default["seconds"], help="length of each measurement"
+    )
+    parser.add_argument(
+        "--request-sizes",
+        type=int,
+        nargs="+",
+        default=default["request_sizes"],
+        metavar="N",
+        help="offers of a request",
     )
     parser.add_argument(
         "--rate",
         type=float,
-        default=0.0,
+        default=default["rate"],
         help=f"offers/s of the stated load, in requests of {_LOADED_OFFERS}; 0: half of the throughput",
     )
     options = parser.parse_args(arguments)

@@ -207,6 +207,12 @@ def test_routes_that_cannot_be_read_are_told_at_the_start(folder, monkeypatch):
     assert "alerts.toml" in line
 
 
+def test_prices_that_cannot_be_read_are_told_at_the_start(folder, monkeypatch):
+    (folder / "prices.toml").write_text("region = ")
+    line = refusal(monkeypatch, OFFER_ASSETS_PRICES="prices.toml")
+    assert line.startswith(f"OFFER_ASSETS_PRICES: {folder}/prices.toml: is not TOML")
+
+
 def test_secrets_of_routes_may_be_in_the_dotenv_file_and_the_environment_wins(folder, monkeypatch):
     (folder / ".env").write_text("SLACK_WEBHOOK=in the file\nPAGER_KEY=in the file\n")
     monkeypatch.setenv("PAGER_KEY", "in the environment")
