@@ -29,6 +29,12 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
         forget_clients()
 
 
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Repeat what failed at once: the pauses between botocore's attempts grow to 20 s."""
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.0)
+
+
 def access(**settings: object) -> AwsAccess:
     """The way into the stand-in."""
     return AwsAccess(region=REGION, role=f"arn:aws:iam::{ACCOUNT}:role/offer-assets-jobs", **settings)
