@@ -1,4 +1,9 @@
-"""The door to the endpoint: the running service that catalogues offers with one model version."""
+"""The door to the endpoint: the running service that catalogues offers, with one model version or several.
+
+A new version takes over at once or by a canary that alarms watch; versions share the requests by weight, or
+one of them only sees copies. The implementations are :mod:`resources.local_endpoints` and
+:mod:`resources.sagemaker_endpoints`.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +22,16 @@ from ml.serving.variants import variant_of
 
 class EndpointError(dg.Failure):
     """The endpoint does not come up or does not answer; what served before, serves on."""
+
+
+class RolledBackError(EndpointError):
+    """An alarm tripped while a version was rolled out; the version before has all requests again.
+
+    The line names the alarm, what it saw and its limit. To try again at once would show clients the same.
+    """
+
+    def __init__(self, line: str) -> None:
+        super().__init__(line, allow_retries=False)
 
 
 class VariantStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,21 +62,111 @@ class EndpointStatus(msgspec.Struct, frozen=True, kw_only=True):
     """For people: process and log file here, ARN and instances there."""
 
 
+class VariantObservation(msgspec.Struct, frozen=True, kw_only=True):
+    """What was seen of a variant since it got its share (SageMaker: in the last hour)."""
+
+    variant: VariantStatus
+    requests: int
+    errors: int
+    """Requests that ended in a server error (5xx), or found no server."""
+    p99_milliseconds: float | None
+    """None before the first request."""
+    low_confidence_share: float | None
+    """Of the offers: those of which the model was less than half sure, in [0, 1]."""
+
+
+class RolloutPolicy(msgspec.Struct, frozen=True, kw_only=True):
+    """How a new version takes over, and what brings the version before back."""
+
+    canary_percent: float
+    """Of the requests: what the new version gets at first."""
+    canary_seconds: float
+    """How long it is watched with that share; 0: it gets all requests at once."""
+    error_percent: float
+    """Of its requests: more server errors trip the alarm."""
+    p99_milliseconds: float
+    """A slower hundredth of its requests trips the alarm."""
+    low_confidence_percent: float
+    """Of its offers: more of which it is less than half sure trip the alarm."""
+
+
+class Variant(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that is to serve beside others."""
+
+    folder: Path
+    """The verified local folder of the compiled student."""
+    ref: ArtifactRef
+    weight: float
+    """Relative to those of the others."""
+
+
 class Endpoints(dg.ConfigurableResource[Any], ABC):
     """Where compiled students are served."""
 
+    canary_percent: float = 10.0
+    canary_seconds: float = 0.0
+    alarm_error_percent: float = 1.0
+    alarm_p99_milliseconds: float = 2_000.0
+    alarm_low_confidence_percent: float = 60.0
+
+    @property
+    def policy(self) -> RolloutPolicy:
+        """How :meth:`deploy` lets a version take over from another."""
+        return RolloutPolicy(
+            canary_percent=self.canary_percent,
+            canary_seconds=self.canary_seconds,
+            error_percent=self.alarm_error_percent,
+            p99_milliseconds=self.alarm_p99_milliseconds,
+            low_confidence_percent=self.alarm_low_confidence_percent,
+        )
+
     @abstractmethod
-    def deploy(self, folder: Path, ref: ArtifactRef) -> EndpointStatus:
-        """Serve a compiled student; returns when it answers. Nothing happens if it already does.
+    def deploy(self, folder: Path, ref: ArtifactRef, at_once: bool = False) -> EndpointStatus:
+        """Serve a compiled student alone; returns when it has all requests. If it has already, it goes on.
+
+        Where another version serves, the new one takes over by the :attr:`policy`. A split and a shadow end.
 
         Args:
             folder: The verified local folder of the compiled student.
             ref: The compiled student.
+            at_once: Without a canary: what serves now is to go, for instance.
 
         Raises:
             InputFailure: a setting stands in the way (the port is taken, for instance).
             EndpointError: it does not come up. The version before goes on serving.
+            RolledBackError: an alarm tripped. The version before has all requests again.
         """
+
+    @abstractmethod
+    def split(self, variants: Sequence[Variant]) -> EndpointStatus:
+        """Let models share the requests by weight, from now on; a shadow ends.
+
+        Raises:
+            InputFailure: no variant, one twice, or a weight that is none.
+            EndpointError: one does not come up. What served before goes on serving.
+        """
+
+    @abstractmethod
+    def shadow(self, folder: Path, ref: ArtifactRef, percent: float) -> EndpointStatus:
+        """Send copies of requests to a model whose answers go nowhere; it takes the place of another shadow.
+
+        Args:
+            folder: The verified local folder of the compiled student.
+            ref: The compiled student.
+            percent: Of the requests: what it sees.
+
+        Raises:
+            InputFailure: nothing serves, several share the requests, or the model serves already.
+            EndpointError: it does not come up. What served before goes on serving.
+        """
+
+    @abstractmethod
+    def end_shadow(self) -> EndpointStatus | None:
+        """Send no more copies; what serves then, None if nothing does."""
+
+    @abstractmethod
+    def observations(self) -> list[VariantObservation]:
+        """What was seen of each variant, in the order of the status; empty where nothing is watched."""
 
     @abstractmethod
     def releasing(self) -> AbstractContextManager[None]:
@@ -83,11 +188,15 @@ class Endpoints(dg.ConfigurableResource[Any], ABC):
         """What serves right now, asked of the endpoint itself; None if nothing answers."""
 
     @abstractmethod
-    def invoke(self, offers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def invoke(self, offers: Sequence[Mapping[str, Any]], variant: str = "") -> list[dict[str, Any]]:
         """Predictions of the endpoint, one per offer and in their order.
 
+        Args:
+            offers: What to catalogue.
+            variant: Name of the one that has to answer; empty: any, by weight.
+
         Raises:
-            InputFailure: the endpoint refused the offers; its own line.
+            InputFailure: the endpoint refused the offers, or has no such variant; its own line.
             EndpointError: it does not answer.
         """
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from ml.serving.app import MAX_BODY_BYTES
 from ml.serving.predictor import Predictor
-from ml.serving.worker import MAX_BODY_BYTES
 from tests.ml.compiled_models import TITLES
 
 OFFERS = [{"offer_id": str(number), "title": title} for number, title in enumerate(TITLES)]
