@@ -7,6 +7,7 @@ noted, so that a test can hold the calls against the IAM policies; faults can be
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import threading
@@ -68,11 +69,7 @@ class StandIn:
 
     def __post_init__(self) -> None:
         self._moto = DomainDispatcherApplication(create_backend_app)
-        self._model = ServiceModel(
-            botocore.session.get_session()
-            .get_component("data_loader")
-            .load_service_model("sagemaker", "service-2")
-        )
+        self._model = _sagemaker_model()
         self._lock = threading.Lock()
         self._conditional_writes = threading.Lock()
 
@@ -144,6 +141,12 @@ class StandIn:
                     fault.times -= 1
                     return fault
         return None
+
+
+@functools.cache
+def _sagemaker_model() -> ServiceModel:
+    loader = botocore.session.get_session().get_component("data_loader")
+    return ServiceModel(loader.load_service_model("sagemaker", "service-2"))
 
 
 @contextmanager
