@@ -37,7 +37,7 @@ class ArtifactStore(dg.ConfigurableResource[Any], ABC):
 
     @abstractmethod
     def find_by_digest(self, kind: str, digest: str) -> ArtifactRef | None:
-        """An artifact of this kind and content, or None; looks through all of the kind."""
+        """An artifact of this kind and content, or None; may look through all of the kind."""
 
     @abstractmethod
     def fetch(self, ref: ArtifactRef, *, check: bool = True) -> Path:

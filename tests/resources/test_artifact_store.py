@@ -52,6 +52,11 @@ def test_an_artifact_is_found_by_its_content_past_a_damaged_one(world, store, pu
     assert store.find_by_digest("another_kind", ref.digest) is None
 
 
+def test_of_artifacts_with_the_same_content_the_first_key_is_found(store, publish):
+    refs = [publish(key=key) for key in ("b" * 32, "a" * 32, "c" * 32)]
+    assert store.find_by_digest(KIND, refs[0].digest) == refs[1]
+
+
 def test_a_folder_without_manifest_is_no_artifact(store):
     folder = store.destination(KIND, KEY)
     folder.mkdir(parents=True)
