@@ -23,30 +23,30 @@ from resources.sagemaker_endpoints import SageMakerEndpoints
 from tests.aws.conftest import BUCKET, access
 from tests.aws.stand_in import StandIn
 from tests.aws.stand_in_endpoints import Endpoint, EndpointHost
+from tests.resources.endpoint_world import Model, World, eventually, variants_of
 from tests.resources.test_endpoints import (  # noqa: F401
-    World,
-    eventually,
     test_a_bad_version_is_rolled_back_by_its_alarm,
+    test_a_deployed_model_answers_and_says_what_it_is,
     test_a_deployment_at_once_is_not_watched,
     test_a_deployment_ends_a_split,
     test_a_good_version_is_tried_out_and_then_gets_all_requests,
+    test_a_new_version_takes_over_from_the_old_one,
     test_a_request_may_name_its_variant,
     test_a_shadow_needs_one_other_version_that_serves,
     test_a_shadow_sees_the_requests_and_answers_none,
     test_a_split_whose_second_version_does_not_come_up_leaves_the_first_serving,
     test_a_split_without_shares_is_refused,
+    test_a_stopped_endpoint_is_gone_and_stopping_again_is_nothing,
     test_a_version_that_does_not_come_up_is_not_tried_out,
+    test_a_version_that_does_not_come_up_leaves_the_old_one_serving,
     test_a_version_that_serves_alone_answers_to_its_name_only,
     test_nothing_serves_before_the_first_deployment,
     test_one_at_a_time_changes_what_serves,
     test_refused_offers_are_an_input_error_in_the_endpoints_words,
     test_the_same_version_again_goes_on_as_it_is,
     test_versions_share_the_requests_by_weight,
-    traffic,
-    variants_of,
 )
 
-Model = tuple[Path, ArtifactRef]
 STORE = f"s3://{BUCKET}/store"
 NAME = "offers"
 OFFER = {"offer_id": "1", "title": "a"}
@@ -126,45 +126,30 @@ def model(world: SageMakerWorld) -> Callable[..., Model]:
     return world.model
 
 
-def test_a_deployed_model_answers_and_says_what_it_is(endpoints, model, stand_in):
+def test_a_repeat_changes_nothing(endpoints, model, stand_in):
     folder, ref = model("first")
     status = endpoints.deploy(folder, ref)
-    assert (status.model_version, status.taxonomy_version) == (ref.version, "t1")
     assert status.url == f"{stand_in.url}/endpoints/{NAME}"
-    assert [(each.name, each.weight) for each in status.variants] == [(f"model-{ref.version}", 1.0)]
-    assert endpoints.status() == status
     stand_in.calls.clear()
     assert endpoints.deploy(folder, ref) == status
     changing = {"CreateModel", "CreateEndpointConfig", "CreateEndpoint", "UpdateEndpoint", "AddTags"}
     assert not {operation for _, operation in stand_in.calls} & changing
 
 
-def test_a_new_version_takes_over_and_the_old_one_ends(endpoints, model, host):
+def test_the_version_before_is_ended(endpoints, model, host):
     endpoints.deploy(*model("first"))
     old = host.endpoints[NAME].serving.containers["main"].process
-    folder, ref = model("second")
-    assert endpoints.deploy(folder, ref).model_version == ref.version
+    endpoints.deploy(*model("second"))
     host.settle(NAME)
     assert old.poll() is not None
 
 
-def test_a_version_that_does_not_come_up_leaves_the_old_one_serving(endpoints, model):
-    old = endpoints.deploy(*model("first"))
-    with pytest.raises(EndpointError, match="the weights are not what the manifest says") as failure:
-        endpoints.deploy(*model("second", "broken"))
-    assert "did not pass the ping health check" in str(failure.value)
-    assert endpoints.status() == old
-    assert endpoints.invoke([OFFER])[0]["model_version"] == old.model_version
-
-
-def test_a_stopped_endpoint_is_gone_and_stopping_again_is_nothing(endpoints, model):
+def test_a_stopped_endpoint_leaves_no_alarm_and_no_scaling(endpoints, model):
     endpoints.deploy(*model("first"))
-    assert endpoints.stop()
-    assert endpoints.status() is None
+    endpoints.stop()
     assert not access().client("cloudwatch").describe_alarms()["MetricAlarms"]
     assert not scaled()
     assert not access().client("logs").describe_metric_filters()["metricFilters"]
-    assert not endpoints.stop()
 
 
 def test_a_canary_gets_its_share_before_the_rest_follows(host, model):
@@ -406,7 +391,8 @@ class TestFaults:
         assert not failure.value.allow_retries
 
     def test_a_first_version_that_does_not_come_up_leaves_nothing_behind(self, endpoints, model, host):
-        with pytest.raises(EndpointError, match=r"did not come up: .*the weights are not what"):
+        words = r"did not come up: .*did not pass the ping health check.*the weights are not what"
+        with pytest.raises(EndpointError, match=words):
             endpoints.deploy(*model("first", "broken"))
         assert not host.endpoints
         assert not host.configs
