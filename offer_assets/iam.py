@@ -71,7 +71,6 @@ def _values(settings: Settings) -> dict[str, str]:
         "Bucket": bucket,
         "Prefix": f"{prefix}/" if prefix else "",
         "Name": name,
-        "ModelName": settings.model_name,
         "Role": settings.aws_role,
         _KEY: settings.aws_kms_key,
     }

@@ -70,7 +70,10 @@ def _in_aws(settings: Settings) -> dict[str, Any]:
         subnets=settings.aws_subnets,
         security_groups=settings.aws_security_groups,
     )
-    images = {"serving_image": settings.aws_serving_image, "neuron_image": settings.aws_neuron_image}
+    images: dict[str, Any] = {
+        "serving_image": settings.aws_serving_image,
+        "neuron_image": settings.aws_neuron_image,
+    }
     name = settings.aws_endpoint_name
     store = S3ArtifactStore(
         aws=aws, location=settings.aws_store, feed=feed_name(settings), home=str(settings.home)
