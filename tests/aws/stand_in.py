@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import botocore.session
@@ -25,6 +26,8 @@ from werkzeug.wrappers import Request, Response
 
 REGION = "eu-central-1"
 ACCOUNT = "123456789012"
+
+_SECONDS_TO_STOP = 0.02
 
 Handler = Callable[[dict[str, Any]], Mapping[str, Any] | None]
 """An operation of SageMaker: its validated input to its output."""
@@ -68,17 +71,19 @@ class StandIn:
 
     def __post_init__(self) -> None:
         self._moto = DomainDispatcherApplication(create_backend_app)
-        self._model = ServiceModel(
-            botocore.session.get_session()
-            .get_component("data_loader")
-            .load_service_model("sagemaker", "service-2")
-        )
+        self._model = _sagemaker()
         self._lock = threading.Lock()
+        self._conditional_writes = threading.Lock()
 
     def fail_next(self, operation: str, times: int = 1, **fault: Any) -> None:
         """Answer the next calls of ``operation`` with an error."""
         with self._lock:
             self.faults.append(Fault(operation, times, **fault))
+
+    def by_moto(self, request: Request) -> Response:
+        """What moto answers, for a handler that wants to change it."""
+        environ = request.environ | {"wsgi.input": _Rewound(request.get_data())}
+        return Response.from_app(self._moto, environ, buffered=True)
 
     def calls_by_service(self) -> dict[str, set[str]]:
         """Operations that were called, by service."""
@@ -105,11 +110,27 @@ class StandIn:
             answer: Any = self._handled(operation, request)
         else:
             environ["wsgi.input"] = _Rewound(request.get_data())
-            answer = self._moto
+            answer = self._conditional_write if _is_conditional_write(service, request) else self._moto
         if fault is not None:
             list(answer(environ, lambda *_: None))
             answer = _refusal(service, ServiceError(fault.code, "a fault of the test", fault.status))
         return answer(environ, start_response)
+
+    def _conditional_write(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        """What S3 does and moto does not: ``If-Match``, and either condition checked and met in one step."""
+        with self._conditional_writes:
+            wanted = environ.get("HTTP_IF_MATCH")
+            if wanted is not None:
+                look = Response.from_app(
+                    self._moto, Request(environ).environ | {"REQUEST_METHOD": "HEAD", "CONTENT_LENGTH": "0"}
+                )
+                if look.status_code == 404:
+                    return _refusal("s3", ServiceError("NoSuchKey", "none", 404))(environ, start_response)
+                if look.headers["ETag"].strip('"') != wanted.strip('"'):
+                    return _refusal("s3", ServiceError("PreconditionFailed", "If-Match", 412))(
+                        environ, start_response
+                    )
+            return Response.from_app(self._moto, environ, buffered=True)(environ, start_response)
 
     def _handled(self, operation: str, request: Request) -> Response:
         try:
@@ -129,12 +150,18 @@ class StandIn:
         return None
 
 
+@cache
+def _sagemaker() -> ServiceModel:
+    loader = botocore.session.get_session().get_component("data_loader")
+    return ServiceModel(loader.load_service_model("sagemaker", "service-2"))
+
+
 @contextmanager
 def running(stand_in: StandIn) -> Iterator[StandIn]:
     """Serve on a free port of the loopback interface until the block ends."""
     server = make_server("127.0.0.1", 0, stand_in, threaded=True, request_handler=_Quiet)
     stand_in.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(_SECONDS_TO_STOP,), daemon=True)
     thread.start()
     try:
         yield stand_in
@@ -184,6 +211,11 @@ def _what_is_asked(request: Request) -> tuple[str, str]:
             if pair.startswith("Action="):
                 return service, pair.removeprefix("Action=")
     return service, f"{request.method} {request.path}"
+
+
+def _is_conditional_write(service: str, request: Request) -> bool:
+    conditions = {"If-Match", "If-None-Match"}
+    return service == "s3" and request.method == "PUT" and any(name in request.headers for name in conditions)
 
 
 def _check(operation: OperationModel, given: dict[str, Any]) -> None:
