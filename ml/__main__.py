@@ -49,6 +49,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_program(
         commands, "serve", "ml.serving.server", "Answer /ping and /invocations with a compiled model."
     )
+    _add_program(
+        commands,
+        "route",
+        "ml.serving.router",
+        "One port for several compiled models, by weight.",
+    )
     _add_program(commands, "demo-feed", "ml.demo.feed", "Write days of the demo feed, and its taxonomies.")
     return parser
 

@@ -276,6 +276,9 @@ class CataloguedOffersParameters(Parameters, frozen=True, kw_only=True):
     endpoint_url: Annotated[
         str, Meta(description="Where /invocations answers, e.g. http://127.0.0.1:8765.", extra=OPERATIONAL)
     ]
+    variant: Annotated[
+        str, Meta(description="Variant of the endpoint that has to answer; empty: any.", extra=OPERATIONAL)
+    ] = ""
     batch_offers: Annotated[Count, Meta(description="Offers per request.", extra=OPERATIONAL)] = 256
     in_flight: Annotated[Count, Meta(description="Requests under way at once.", extra=OPERATIONAL)] = 4
 

@@ -151,6 +151,28 @@ def _deploy(settings: Settings, _options: argparse.Namespace) -> int:
     return 0 if deploy(settings) else 1
 
 
+def _endpoint(settings: Settings, _options: argparse.Namespace) -> int:
+    """Show what serves: variants, their shares, and what was seen of them."""
+    from offer_assets.versions import endpoint_table
+
+    print(endpoint_table(settings))
+    return 0
+
+
+def _shadow(settings: Settings, options: argparse.Namespace) -> int:
+    """Let a version see copies of the requests; its answers go nowhere."""
+    from offer_assets.versions import shadow
+
+    return 0 if shadow(settings, **_given(options)) else 1
+
+
+def _split(settings: Settings, options: argparse.Namespace) -> int:
+    """Share the requests between versions (A/B), until the next deployment."""
+    from offer_assets.versions import split
+
+    return 0 if split(settings, **_given(options)) else 1
+
+
 def _given(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(options).items() if name != "command"}
 
@@ -168,6 +190,23 @@ def _version_argument(parser: argparse.ArgumentParser) -> None:
 def _earlier_version_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "version", nargs="?", default="", help="as for approve (default: the one that served before)"
+    )
+
+
+def _shadow_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("version", nargs="?", default="", help="as for approve; one that passed the gate")
+    parser.add_argument("--percent", type=float, default=10.0, help="of the requests (default: 10)")
+    parser.add_argument("--end", action="store_true", help="send no more copies")
+    parser.add_argument("--reason", default="", help="what it is to show; kept with the run")
+    parser.add_argument("--by", default=_user(), help="who wants it (default: $USER); kept with the run")
+
+
+def _shares_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "shares",
+        nargs="+",
+        metavar="VERSION=WEIGHT",
+        help="versions as for approve; the one in production has to be among them, and ends a split alone",
     )
 
 
@@ -213,6 +252,9 @@ _COMMANDS = {
     "reject": _reject,
     "rollback": _rollback,
     "deploy": _deploy,
+    "endpoint": _endpoint,
+    "shadow": _shadow,
+    "split": _split,
 }
 
 _OPTIONS = {
@@ -221,6 +263,8 @@ _OPTIONS = {
     "approve": [_version_argument, _reason_options, _approval_options],
     "reject": [_version_argument, _reason_options],
     "rollback": [_earlier_version_argument, _reason_options],
+    "shadow": [_shadow_options],
+    "split": [_shares_argument, _reason_options],
 }
 
 

@@ -24,6 +24,7 @@ from offer_assets.partitions import days_from
 from offer_assets.plan import RetrainPolicy, TrainingPlan
 from offer_assets.preview import preview_taxonomy
 from offer_assets.promotion import PROMOTION_JOBS, ReleasePolicy
+from offer_assets.traffic import TRAFFIC_JOBS
 from resources.environment import resources_for
 from resources.settings import Settings
 
@@ -76,7 +77,7 @@ def build_defs(settings: Settings, **resource_overrides: Any) -> dg.Definitions:
             *operation.operation_checks(days),
             *quality.quality_checks(),
         ],
-        jobs=[*JOBS, *PROMOTION_JOBS, preview_taxonomy],
+        jobs=[*JOBS, *PROMOTION_JOBS, *TRAFFIC_JOBS, preview_taxonomy],
         schedules=SCHEDULES,
         sensors=[
             new_offers,

@@ -26,7 +26,7 @@ from offer_assets.metadata import materialization, picture, row_count, schema, t
 from offer_assets.taxonomy import taxonomy_in_force
 from resources.artifact_store import ArtifactStore
 from resources.compute import AnyContext, Compute, StageResult
-from resources.endpoints import Endpoints
+from resources.endpoints import Endpoints, variant_name
 from resources.failures import input_errors_fail_plainly
 from resources.tracking import Tracking
 
@@ -77,7 +77,7 @@ def operation_assets(days: dg.DailyPartitionsDefinition) -> list[dg.AssetsDefini
             context,
             "catalogued_offers",
             {"offers": offers, "compiled_student": offer_endpoint},
-            CataloguedOffersParameters(endpoint_url=status.url),
+            CataloguedOffersParameters(endpoint_url=status.url, variant=variant_name(offer_endpoint)),
         )
         return materialization(result, metadata=row_count(result.manifest.metrics["offers"]))
 

@@ -6,6 +6,7 @@ approved version is the work of ``offer_endpoint``, started by the sensor ``deci
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import dagster as dg
@@ -75,7 +76,7 @@ def decide(
     artifact_store: ArtifactStore,
 ) -> None:
     """Note the decision; an approved version becomes the one that ``offer_endpoint`` serves next."""
-    version = _found(tracking, config.version)
+    version = found_version(tracking, config.version)
     if config.decision == "rejected" and version.in_production:
         raise InputError(
             f"{name_of(version)} is in production: nothing would be left to serve; roll back instead (job "
@@ -120,16 +121,15 @@ def _roll_back(
     current = tracking.production()
     if current is None:
         raise InputError("there is no version in production to roll back from; run train_and_release first")
-    wanted = _found(tracking, config.version) if config.version.strip() else None
+    wanted = found_version(tracking, config.version) if config.version.strip() else None
     model = model_of(current.ref, compute)
     others = [version for version in tracking.versions() if model_of(version.ref, compute) != model]
     target, earlier = rollback_target(others, current, wanted)
-    folder = compute.folder(target.ref)
-    settings = msgspec.json.decode((folder / "model.json").read_bytes())
-    check_text_version(folder, str(settings.get("text_version")))
+    folder = servable_folder(target, compute)
     metadata = _taxonomy_note(context, target, earlier, artifact_store.read_pointer("catalog_taxonomy"))
 
-    status = endpoints.deploy(folder, target.ref)
+    # At once: what serves now is to go, and must not be what the other is held against.
+    status = endpoints.deploy(folder, target.ref, at_once=True)
     # From here on nothing is asked any more; a repeat after an interruption comes by and finishes.
     for pointer in (MODEL_VERSION, OFFER_ENDPOINT):
         artifact_store.write_pointer(pointer, target.ref)
@@ -253,6 +253,18 @@ def model_of(ref: ArtifactRef, compute: Compute) -> str:
         return ref.digest
 
 
+def servable_folder(version: RegisteredVersion, compute: Compute) -> Path:
+    """The folder of a registered model.
+
+    Raises:
+        InputError: it is gone, or was trained on another offer text than this code makes.
+    """
+    folder = compute.folder(version.ref)
+    settings = msgspec.json.decode((folder / "model.json").read_bytes())
+    check_text_version(folder, str(settings.get("text_version")))
+    return folder
+
+
 def name_of(version: RegisteredVersion) -> str:
     """A version as messages call it."""
     return f"version {version.version} (model {version.model_version})"
@@ -266,8 +278,9 @@ def served_metadata(
         "url": dg.MetadataValue.url(status.url),
         "model_version": status.model_version,
         "taxonomy_version": status.taxonomy_version,
-        "pid": status.pid,
         "started_at": status.started,
+        "variants": ", ".join(f"{variant.name} {variant.weight:.0%}" for variant in status.variants),
+        **status.details,
         "registered": f"{version.name} version {version.version}",
         "approval": version.approval,
         "history": table(history_rows(history)),
@@ -295,7 +308,12 @@ def history_rows(history: Sequence[Promotion], limit: int | None = _SHOWN_PROMOT
     ]
 
 
-def _found(tracking: Tracking, wanted: str) -> RegisteredVersion:
+def found_version(tracking: Tracking, wanted: str) -> RegisteredVersion:
+    """The version that somebody names.
+
+    Raises:
+        InputError: there is none.
+    """
     version = tracking.find(wanted)
     if version is None:
         raise InputError(

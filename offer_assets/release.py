@@ -23,7 +23,7 @@ from offer_assets.promotion import ReleasePolicy, model_of, name_of, served_meta
 from offer_assets.taxonomy import taxonomy_in_force
 from resources.artifact_store import ArtifactStore
 from resources.compute import Compute
-from resources.endpoints import Endpoints
+from resources.endpoints import Endpoints, RolledBackError, variant_name
 from resources.tracking import Decision, Promotion, RegisteredVersion, Tracking, now
 
 _REQUEST_BYTES = 4 << 20
@@ -35,6 +35,9 @@ _SENT_CHARACTERS = 10_000
 
 CHAMPION_TAG = "champion"
 """Of a registered version: digest of the student that was in production when the gate judged it."""
+
+_ROLL_OUT = "the roll-out"
+"""Who rejects a version whose alarm tripped."""
 
 NEWEST, PRODUCTION = "newest", "production"
 
@@ -130,7 +133,14 @@ def offer_endpoint(
                 "What was serving goes on serving."
             )
             return
-        status = endpoints.deploy(compute.folder(version.ref), version.ref)
+        try:
+            status = endpoints.deploy(
+                compute.folder(version.ref), version.ref, at_once=_is_tried(version, before, compute)
+            )
+        except RolledBackError as error:
+            # It would be rolled out and back again by whatever starts this next; a person may approve it.
+            tracking.decide(version, "rejected", _ROLL_OUT, str(error))
+            raise
         promoted = tracking.promote(version, _promotion(context, version, before, compute))
         yield dg.MaterializeResult(
             value=version.ref,
@@ -143,9 +153,10 @@ def offer_endpoint(
 def endpoint_answers(offer_endpoint: ArtifactRef, endpoints: Endpoints) -> dg.AssetCheckResult:
     """The endpoint is up and serves the version that was deployed last."""
     status = endpoints.status()
-    serving = status.model_version if status else "nothing"
+    answering = [variant for variant in status.variants if not variant.is_shadow] if status else []
+    serving = ", ".join(variant.model_version for variant in answering if variant.weight) or "nothing"
     return dg.AssetCheckResult(
-        passed=serving == offer_endpoint.version,
+        passed=offer_endpoint.version in serving.split(", "),
         description=f"{serving} is serving, {offer_endpoint.version} was deployed",
         metadata={"serving": serving, "deployed": offer_endpoint.version},
     )
@@ -163,7 +174,9 @@ def endpoint_answers_the_same(
         prediction.category_id
         for prediction in Predictor.load(compute.folder(offer_endpoint)).predict(offers)
     ]
-    answered = [prediction["category_id"] for prediction in endpoints.invoke(offers)]
+    answered = [
+        prediction["category_id"] for prediction in endpoints.invoke(offers, variant_name(offer_endpoint))
+    ]
     same = sum(left == right for left, right in zip(expected, answered, strict=True))
     return dg.AssetCheckResult(
         passed=same == len(offers),
@@ -299,7 +312,7 @@ def _promotion(
     before: RegisteredVersion | None,
     compute: Compute,
 ) -> Promotion:
-    renamed = before is not None and model_of(before.ref, compute) == model_of(version.ref, compute)
+    renamed = _is_tried(version, before, compute)
     decision = None if renamed else version.decision
     lineage = lineage_of(compute, version.ref)
     return Promotion(
@@ -326,6 +339,11 @@ def _occasion(tags: Mapping[str, str], renamed: bool) -> str:
     if checks := tags.get(policies.DRIFT_CHECKS_TAG):
         return f"{why}; trained for drift: {checks.replace(',', ', ')}"
     return why
+
+
+def _is_tried(version: RegisteredVersion, before: RegisteredVersion | None, compute: Compute) -> bool:
+    """Whether this very model is in production already, under whatever names."""
+    return before is not None and model_of(before.ref, compute) == model_of(version.ref, compute)
 
 
 def _overtaken(

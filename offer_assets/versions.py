@@ -1,4 +1,4 @@
-"""Versions of the model at a terminal: what there is, what was decided, and deciding it.
+"""Versions of the model at a terminal: what there is, what serves, what was decided, and deciding it.
 
 Decisions run the same jobs as the UI, in this process and recorded in the same instance.
 """
@@ -19,6 +19,9 @@ from offer_assets.jobs import START_ENDPOINT
 from offer_assets.promotion import DECIDE_VERSION, ROLLBACK, decide, history_rows, name_of
 from offer_assets.promotion import roll_back as roll_back_op
 from offer_assets.release import lineage_of
+from offer_assets.traffic import SHADOW_VERSION, SPLIT_TRAFFIC, variant_rows
+from offer_assets.traffic import shadow as shadow_op
+from offer_assets.traffic import split as split_op
 from resources.environment import resources_for
 from resources.settings import Settings
 from resources.tracking import Tracking
@@ -108,6 +111,60 @@ def deploy(settings: Settings) -> bool:
     return done and _say_what_serves(settings)
 
 
+def shadow(settings: Settings, *, version: str, percent: float, end: bool, reason: str, by: str) -> bool:
+    """Let a version see copies of the requests, or none any more; True if that worked.
+
+    Raises:
+        InputError: a version is named and the shadow is to end, or neither.
+    """
+    if end == bool(version):
+        raise InputError("shadow takes a version, or --end to send no more copies")
+    runs = _runs(settings)
+    config = _config(shadow_op, version=version, percent=percent, reason=reason, by=by)
+    with runs.instance:
+        done = runs.run(SHADOW_VERSION, run_config=config)
+    return done and _say_variants(settings)
+
+
+def split(settings: Settings, *, shares: Sequence[str], reason: str, by: str) -> bool:
+    """Let versions share the requests; True if they do.
+
+    Args:
+        settings: Of this project.
+        shares: Each ``VERSION=WEIGHT``.
+        reason: Why.
+        by: Who decides.
+
+    Raises:
+        InputError: a share is none, or a version has two.
+    """
+    weights: dict[str, float] = {}
+    for share in shares:
+        version, _, weight = share.partition("=")
+        try:
+            weights[version] = float(weight)
+        except ValueError:
+            raise InputError(f"{share}: expected VERSION=WEIGHT, 3=10 for instance") from None
+    if len(weights) < len(shares):
+        raise InputError(f"{' '.join(shares)}: expected each version once")
+    runs = _runs(settings)
+    with runs.instance:
+        done = runs.run(SPLIT_TRAFFIC, run_config=_config(split_op, shares=weights, reason=reason, by=by))
+    return done and _say_variants(settings)
+
+
+def endpoint_table(settings: Settings) -> str:
+    """What serves, with its variants and what was seen of them, as text."""
+    endpoints = resources_for(settings)["endpoints"]
+    with _one_line_errors():
+        status = endpoints.status()
+        if status is None:
+            return "nothing answers at the endpoint: `python -m offer_assets deploy` brings it up"
+        rows = variant_rows(status, endpoints.observations())
+    told = {"url": status.url, "taxonomy": status.taxonomy_version, "since": status.started, **status.details}
+    return "\n".join([*(f"{name}: {text}" for name, text in told.items()), "", _as_text(rows)])
+
+
 def _runs(settings: Settings) -> HeadlessRuns:
     return HeadlessRuns(definitions=build_defs(settings), instance=instance_for(settings), assets_in_all=2)
 
@@ -124,6 +181,11 @@ def _say_what_serves(settings: Settings) -> bool:
     production = _tracking(settings).production()
     what = name_of(production) if production else "no version"
     print(f"{what} is in production; {status.url} answers with model {status.model_version}.")
+    return True
+
+
+def _say_variants(settings: Settings) -> bool:
+    print(endpoint_table(settings))
     return True
 
 

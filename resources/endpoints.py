@@ -1,14 +1,12 @@
-"""The door to the endpoint: the running service that catalogues offers with one model version."""
+"""The door to the endpoint: the running service that catalogues offers, with one model version or several.
+
+A new version takes over at once or by a canary that alarms watch; versions share the requests by weight, or
+one of them only sees copies. The implementations are :mod:`resources.local_endpoints` and
+:mod:`resources.sagemaker_endpoints`.
+"""
 
 from __future__ import annotations
 
-import datetime
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -17,60 +15,158 @@ from typing import Any
 
 import dagster as dg
 import msgspec
-from typing_extensions import override
 
-import ml
 from ml.artifacts import ArtifactRef
-from ml.errors import InputError
-from resources.atomic_files import only_one, write_atomically
-from resources.failures import input_errors_fail_plainly
-from resources.processes import started_at
-
-_CODE_ROOT = Path(ml.__file__).parent.parent
-_HOST = "127.0.0.1"
-_SECONDS_TO_ANSWER = 90.0
-_SECONDS_TO_DRAIN = 30.0
-_SECONDS_PER_PING = 2.0
-_SECONDS_PER_INVOCATION = 60.0
-_SECONDS_BETWEEN_PINGS = 0.1
-_LINES_SHOWN = 15
+from ml.serving.variants import variant_of
 
 
 class EndpointError(dg.Failure):
     """The endpoint does not come up or does not answer; what served before, serves on."""
 
 
-class EndpointStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """What serves right now (also the content of ``current.json``)."""
+class RolledBackError(EndpointError):
+    """An alarm tripped while a version was rolled out; the version before has all requests again.
 
-    model: str
-    """Folder of the compiled student."""
-    url: str
+    The line names the alarm, what it saw and its limit. To try again at once would show clients the same.
+    """
+
+    def __init__(self, line: str) -> None:
+        super().__init__(line, allow_retries=False)
+
+
+class VariantStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One of the models that serve side by side."""
+
+    name: str
+    """See :func:`variant_name`."""
     model_version: str
+    weight: float
+    """Its share of the requests, in [0, 1]; of a shadow: the share of which it sees a copy."""
+    is_shadow: bool = False
+
+
+class EndpointStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What serves right now."""
+
+    url: str
+    """Offers are sent by POST to ``<url>/invocations``."""
+    model_version: str
+    """Of the variant with the most weight."""
     taxonomy_version: str
-    pid: int
-    """The server's main process."""
+    """What that model knows."""
     started: str
     """ISO time of the deployment (UTC)."""
-    process_started: str
-    """Start of the process as the system tells it: a process id alone may by now be another's."""
+    variants: list[VariantStatus]
+    """Those that answer first, by weight; then the shadow."""
+    details: dict[str, str] = {}
+    """For people: process and log file here, ARN and instances there."""
+
+
+class VariantObservation(msgspec.Struct, frozen=True, kw_only=True):
+    """What was seen of a variant since it got its share (SageMaker: in the last hour)."""
+
+    variant: VariantStatus
+    requests: int
+    errors: int
+    """Requests that ended in a server error (5xx), or found no server."""
+    p99_milliseconds: float | None
+    """None before the first request."""
+    low_confidence_share: float | None
+    """Of the offers: those of which the model was less than half sure, in [0, 1]."""
+
+
+class RolloutPolicy(msgspec.Struct, frozen=True, kw_only=True):
+    """How a new version takes over, and what brings the version before back."""
+
+    canary_percent: float
+    """Of the requests: what the new version gets at first."""
+    canary_seconds: float
+    """How long it is watched with that share; 0: it gets all requests at once."""
+    error_percent: float
+    """Of its requests: more server errors trip the alarm."""
+    p99_milliseconds: float
+    """A slower hundredth of its requests trips the alarm."""
+    low_confidence_percent: float
+    """Of its offers: more of which it is less than half sure trip the alarm."""
+
+
+class Variant(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that is to serve beside others."""
+
+    folder: Path
+    """The verified local folder of the compiled student."""
+    ref: ArtifactRef
+    weight: float
+    """Relative to those of the others."""
 
 
 class Endpoints(dg.ConfigurableResource[Any], ABC):
     """Where compiled students are served."""
 
+    canary_percent: float = 10.0
+    canary_seconds: float = 0.0
+    alarm_error_percent: float = 1.0
+    alarm_p99_milliseconds: float = 2_000.0
+    alarm_low_confidence_percent: float = 60.0
+
+    @property
+    def policy(self) -> RolloutPolicy:
+        """How :meth:`deploy` lets a version take over from another."""
+        return RolloutPolicy(
+            canary_percent=self.canary_percent,
+            canary_seconds=self.canary_seconds,
+            error_percent=self.alarm_error_percent,
+            p99_milliseconds=self.alarm_p99_milliseconds,
+            low_confidence_percent=self.alarm_low_confidence_percent,
+        )
+
     @abstractmethod
-    def deploy(self, folder: Path, ref: ArtifactRef) -> EndpointStatus:
-        """Serve a compiled student; returns when it answers. Nothing happens if it already does.
+    def deploy(self, folder: Path, ref: ArtifactRef, at_once: bool = False) -> EndpointStatus:
+        """Serve a compiled student alone; returns when it has all requests. If it has already, it goes on.
+
+        Where another version serves, the new one takes over by the :attr:`policy`. A split and a shadow end.
 
         Args:
             folder: The verified local folder of the compiled student.
             ref: The compiled student.
+            at_once: Without a canary: what serves now is to go, for instance.
 
         Raises:
             InputFailure: a setting stands in the way (the port is taken, for instance).
             EndpointError: it does not come up. The version before goes on serving.
+            RolledBackError: an alarm tripped. The version before has all requests again.
         """
+
+    @abstractmethod
+    def split(self, variants: Sequence[Variant]) -> EndpointStatus:
+        """Let models share the requests by weight, from now on; a shadow ends.
+
+        Raises:
+            InputFailure: no variant, one twice, or a weight that is none.
+            EndpointError: one does not come up. What served before goes on serving.
+        """
+
+    @abstractmethod
+    def shadow(self, folder: Path, ref: ArtifactRef, percent: float) -> EndpointStatus:
+        """Send copies of requests to a model whose answers go nowhere; it takes the place of another shadow.
+
+        Args:
+            folder: The verified local folder of the compiled student.
+            ref: The compiled student.
+            percent: Of the requests: what it sees.
+
+        Raises:
+            InputFailure: nothing serves, several share the requests, or the model serves already.
+            EndpointError: it does not come up. What served before goes on serving.
+        """
+
+    @abstractmethod
+    def end_shadow(self) -> EndpointStatus | None:
+        """Send no more copies; what serves then, None if nothing does."""
+
+    @abstractmethod
+    def observations(self) -> list[VariantObservation]:
+        """What was seen of each variant, in the order of the status; empty where nothing is watched."""
 
     @abstractmethod
     def releasing(self) -> AbstractContextManager[None]:
@@ -92,11 +188,15 @@ class Endpoints(dg.ConfigurableResource[Any], ABC):
         """What serves right now, asked of the endpoint itself; None if nothing answers."""
 
     @abstractmethod
-    def invoke(self, offers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def invoke(self, offers: Sequence[Mapping[str, Any]], variant: str = "") -> list[dict[str, Any]]:
         """Predictions of the endpoint, one per offer and in their order.
 
+        Args:
+            offers: What to catalogue.
+            variant: Name of the one that has to answer; empty: any, by weight.
+
         Raises:
-            InputFailure: the endpoint refused the offers; its own line.
+            InputFailure: the endpoint refused the offers, or has no such variant; its own line.
             EndpointError: it does not answer.
         """
 
@@ -105,200 +205,6 @@ class Endpoints(dg.ConfigurableResource[Any], ABC):
         """End the service, after the requests under way; False if there was none."""
 
 
-class LocalEndpoints(Endpoints):
-    """A server process on this machine that outlives the run that started it.
-
-    A new version starts beside the old one on the same port, and takes over when it answers, so
-    that no request is lost in between.
-    """
-
-    home: str
-    port: int
-    workers: int
-    program: str = "ml"
-    """Module whose command ``serve`` is the server."""
-
-    @override
-    @input_errors_fail_plainly()
-    def deploy(self, folder: Path, ref: ArtifactRef) -> EndpointStatus:
-        with only_one(self._folder / "deploy.lock"):
-            old = self._recorded()
-            in_place = old if old is not None and old.url == self._url else None
-            if in_place is not None and in_place.model_version == ref.version and self._answers(in_place):
-                return in_place
-            if in_place is None:
-                self._check_port_is_free()
-            log = self._folder / f"serve-{ref.version}.log"
-            log_starts_at = log.stat().st_size if log.exists() else 0
-            process = self._start(folder, log)
-            try:
-                ping = self._wait_for(ref.version, process, log, log_starts_at)
-                new = EndpointStatus(
-                    model=str(folder),
-                    url=self._url,
-                    model_version=ref.version,
-                    taxonomy_version=str(ping["taxonomy_version"]),
-                    pid=process.pid,
-                    started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                    process_started=started_at(process.pid) or "",
-                )
-                write_atomically(self._current, msgspec.json.format(msgspec.json.encode(new)))
-            except BaseException:
-                _end(process.pid, started_at(process.pid))
-                raise
-            if old is not None:
-                _end(old.pid, old.process_started)
-            return new
-
-    @override
-    def releasing(self) -> AbstractContextManager[None]:
-        return only_one(self._folder / "release.lock")
-
-    @override
-    @input_errors_fail_plainly()
-    def check_available(self) -> None:
-        recorded = self._recorded()
-        if recorded is None or recorded.url != self._url:
-            self._check_port_is_free()
-
-    @override
-    def status(self) -> EndpointStatus | None:
-        recorded = self._recorded()
-        return recorded if recorded is not None and self._answers(recorded) else None
-
-    @override
-    @input_errors_fail_plainly()
-    def invoke(self, offers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        import httpx
-
-        url = recorded.url if (recorded := self._recorded()) else self._url
-        try:
-            response = httpx.post(
-                f"{url}/invocations",
-                content=msgspec.json.encode({"offers": list(offers)}),
-                headers={"content-type": "application/json"},
-                timeout=_SECONDS_PER_INVOCATION,
-                trust_env=False,
-            )
-            answer = response.json()
-        except (httpx.HTTPError, ValueError) as error:
-            raise EndpointError(
-                f"the endpoint at {url} does not answer ({error}): materialize offer_endpoint to start it"
-            ) from None
-        if 400 <= response.status_code < 500:
-            raise InputError(f"the endpoint refused the offers: {answer.get('error', response.text)}")
-        if response.status_code != 200:
-            raise EndpointError(f"the endpoint at {url} answered {response.status_code}: {response.text}")
-        predictions: list[dict[str, Any]] = answer["predictions"]
-        return predictions
-
-    @override
-    def stop(self) -> bool:
-        with only_one(self._folder / "deploy.lock"):
-            recorded = self._recorded()
-            if recorded is not None:
-                _end(recorded.pid, recorded.process_started)
-            self._current.unlink(missing_ok=True)
-            return recorded is not None
-
-    @property
-    def _folder(self) -> Path:
-        return Path(self.home).absolute() / "endpoint"
-
-    @property
-    def _current(self) -> Path:
-        return self._folder / "current.json"
-
-    @property
-    def _url(self) -> str:
-        return f"http://{_HOST}:{self.port}"
-
-    def _recorded(self) -> EndpointStatus | None:
-        """What ``current.json`` names, if that process is still the one it was."""
-        try:
-            recorded = msgspec.json.decode(self._current.read_bytes(), type=EndpointStatus)
-        except (FileNotFoundError, msgspec.DecodeError):
-            return None
-        return recorded if started_at(recorded.pid) == recorded.process_started else None
-
-    def _answers(self, recorded: EndpointStatus) -> bool:
-        ping = _ping(recorded.url)
-        return ping is not None and ping.get("model_version") == recorded.model_version
-
-    def _check_port_is_free(self) -> None:
-        """The server shares its port with the version before; a stranger must not be shared with."""
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((_HOST, self.port))
-            except OSError as error:
-                raise InputError(
-                    f"OFFER_ASSETS_ENDPOINT_PORT={self.port} cannot be used ({error.strerror}): "
-                    "choose another port, or end what uses it"
-                ) from None
-
-    def _start(self, folder: Path, log: Path) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", self.program, "serve", "--model", str(folder)]
-        command += ["--port", str(self.port), "--workers", str(self.workers)]
-        with log.open("ab") as output:
-            return subprocess.Popen(
-                command,
-                cwd=_CODE_ROOT,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    def _wait_for(
-        self, model_version: str, process: subprocess.Popen[bytes], log: Path, log_starts_at: int
-    ) -> dict[str, Any]:
-        """Ping until the new version answers; the version before may answer some of the pings."""
-        deadline = time.monotonic() + _SECONDS_TO_ANSWER
-        while time.monotonic() < deadline:
-            status = process.poll()
-            if status is not None:
-                raise EndpointError(
-                    f"model version {model_version} did not come up: the server ended with status {status}. "
-                    f"{_last_lines(log, log_starts_at)}"
-                )
-            ping = _ping(self._url)
-            if ping is not None and ping.get("model_version") == model_version:
-                return ping
-            time.sleep(_SECONDS_BETWEEN_PINGS)
-        raise EndpointError(
-            f"model version {model_version} did not answer within {_SECONDS_TO_ANSWER:.0f} s. "
-            f"{_last_lines(log, log_starts_at)}"
-        )
-
-
-def _ping(url: str) -> dict[str, Any] | None:
-    """What ``/ping`` says, on a connection of its own; None unless it is healthy."""
-    import httpx
-
-    try:
-        response = httpx.get(f"{url}/ping", timeout=_SECONDS_PER_PING, trust_env=False)
-        answer = response.json()
-    except (httpx.HTTPError, ValueError):
-        return None
-    return answer if response.status_code == 200 and isinstance(answer, dict) else None
-
-
-def _end(pid: int, process_started: str | None) -> None:
-    """Let the server drain and end; kill it and its workers if it takes too long."""
-    if process_started is None or started_at(pid) != process_started:
-        return
-    os.kill(pid, signal.SIGTERM)
-    deadline = time.monotonic() + _SECONDS_TO_DRAIN
-    while time.monotonic() < deadline:
-        if started_at(pid) != process_started:
-            return
-        time.sleep(_SECONDS_BETWEEN_PINGS)
-    os.killpg(pid, signal.SIGKILL)
-
-
-def _last_lines(log: Path, log_starts_at: int) -> str:
-    with log.open("rb") as opened:
-        opened.seek(log_starts_at)
-        lines = opened.read().decode(errors="replace").splitlines()[-_LINES_SHOWN:]
-    return f"Last lines of {log}:\n" + "\n".join(lines)
+def variant_name(ref: ArtifactRef) -> str:
+    """Name of the variant that serves a compiled student."""
+    return variant_of(ref.version)

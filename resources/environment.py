@@ -8,9 +8,9 @@ from resources.alerting import OutboxAlerts
 from resources.artifact_store import FolderArtifactStore
 from resources.compute import LocalCompute
 from resources.corrections_feed import CorrectionsFeed, DemoCorrectionsFeed
-from resources.endpoints import LocalEndpoints
 from resources.feed_name import feed_name
 from resources.io_manager import ArtifactRefIOManager
+from resources.local_endpoints import LocalEndpoints
 from resources.offer_feed import DemoOfferFeed, OfferFeed
 from resources.settings import Settings, SettingsError
 from resources.taxonomy_policy import TaxonomyPolicy

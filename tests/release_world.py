@@ -24,10 +24,11 @@ from offer_assets import release
 from offer_assets.jobs import START_ENDPOINT
 from offer_assets.partitions import COMPILE_TARGETS, CPU
 from offer_assets.promotion import PROMOTION_JOBS, ReleasePolicy
+from offer_assets.traffic import TRAFFIC_JOBS
 from resources.artifact_store import FolderArtifactStore
 from resources.compute import LocalCompute
-from resources.endpoints import LocalEndpoints
 from resources.io_manager import ArtifactRefIOManager
+from resources.local_endpoints import LocalEndpoints
 from resources.tracking import MlflowTracking, RegisteredVersion
 
 REGISTER = "register"
@@ -174,7 +175,7 @@ class World:
                 after,
             ],
             asset_checks=[release.endpoint_answers],
-            jobs=[register_job, release_job, start_job, *PROMOTION_JOBS],
+            jobs=[register_job, release_job, start_job, *PROMOTION_JOBS, *TRAFFIC_JOBS],
             resources={
                 "io_manager": ArtifactRefIOManager(store=self.store),
                 "artifact_store": self.store,

@@ -25,6 +25,7 @@ from ml.errors import InputError
 from ml.progress import Bar
 from ml.runner import StageContext
 from ml.serving.predictor import PREDICTION_SCHEMA, TEXT_COLUMNS, Prediction, prediction_table
+from ml.serving.variants import TARGET_VARIANT_HEADER
 from ml.stages import CataloguedOffersParameters
 
 OFFERS_FILE = "offers.parquet"
@@ -125,7 +126,7 @@ async def _answers(
     timeout = httpx.Timeout(_SECONDS_TO_ANSWER, connect=_SECONDS_TO_CONNECT)
     limits = httpx.Limits(max_connections=parameters.in_flight)
     async with httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False) as client:
-        endpoint = _Endpoint(client, parameters.endpoint_url, version)
+        endpoint = _Endpoint(client, parameters, version)
         under_way: deque[asyncio.Task[list[Prediction]]] = deque()
         try:
             for request in requests:
@@ -143,9 +144,14 @@ async def _answers(
 class _Endpoint:
     """An endpoint that has to serve one model version."""
 
-    def __init__(self, client: httpx.AsyncClient, url: str, version: str) -> None:
+    def __init__(
+        self, client: httpx.AsyncClient, parameters: CataloguedOffersParameters, version: str
+    ) -> None:
         self._client = client
-        self._url = url.rstrip("/")
+        self._url = parameters.endpoint_url.rstrip("/")
+        self._headers = {"content-type": "application/json"}
+        if parameters.variant:
+            self._headers[TARGET_VARIANT_HEADER] = parameters.variant
         self._version = version
         self._has_answered = False
 
@@ -179,7 +185,7 @@ class _Endpoint:
                 await asyncio.sleep(_pause(attempt))
             try:
                 response = await self._client.post(
-                    f"{self._url}/invocations", content=body, headers={"content-type": "application/json"}
+                    f"{self._url}/invocations", content=body, headers=self._headers
                 )
             except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
                 raise InputError(f"endpoint_url {self._url}: {error}; expected http://host:port") from None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
 
 import msgspec
 
@@ -151,7 +153,7 @@ class _Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         try:
-            while not self._is_stopping:
+            while not (self._is_stopping or (self._options.end_with_stdin and _has_ended(sys.stdin))):
                 self._replace_the_dead()
                 self._look_at_the_living()
                 time.sleep(_SECONDS_BETWEEN_LOOKS)
@@ -262,6 +264,12 @@ def _remove_own_state(path: Path) -> None:
             path.unlink()
 
 
+def _has_ended(pipe: TextIO) -> bool:
+    """Whether nobody holds the other end any more; nothing is ever written to it."""
+    readable, _, _ = select.select([pipe], [], [], 0)
+    return bool(readable)
+
+
 def _say(line: str) -> None:
     print(f"serve: {line}", file=sys.stderr, flush=True)
 
@@ -301,6 +309,9 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--state-file", type=Path, metavar="FILE", help="JSON with URL and versions, written once all answer"
+    )
+    parser.add_argument(
+        "--end-with-stdin", action="store_true", help="end when standard input does, so with who started it"
     )
     options = parser.parse_args(arguments)
     if options.host is None:

@@ -15,8 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from ml.serving.app import MAX_BODY_BYTES
 from ml.serving.predictor import Predictor
-from ml.serving.worker import MAX_BODY_BYTES
 from tests.ml.compiled_models import TITLES
 
 OFFERS = [{"offer_id": str(number), "title": title} for number, title in enumerate(TITLES)]
@@ -93,6 +93,43 @@ def test_json_lines_are_understood(server):
     headers = {"content-type": "application/jsonlines; charset=utf-8"}
     answer = httpx.post(f"{server.url}/invocations", content=body, headers=headers)
     assert answer.json() == server.post(OFFERS[:3]).json()
+
+
+def test_an_answer_says_of_how_many_offers_the_model_is_unsure(server, compiled_student):
+    offers = [*OFFERS, {"offer_id": "bad"}]
+    predictions = Predictor.load(compiled_student).predict(offers)
+    unsure = sum(p.category_id is None or p.confidence < 0.5 for p in predictions)
+    assert server.post(offers).headers["x-offers"] == f"{len(offers)};{unsure}"
+    assert 0 < unsure <= len(offers)
+
+
+def test_a_request_for_another_variant_is_refused(server):
+    for variant, status in ((f"model-{server.model_version}", 200), ("model-other", 400)):
+        answer = server.post(OFFERS, headers={"x-amzn-sagemaker-target-variant": variant})
+        assert answer.status_code == status
+    assert answer.json()["error"].startswith("there is no variant model-other here")
+
+
+def test_what_was_answered_is_one_json_line_in_the_log(compiled_student, tmp_path, capfd):
+    with serving(compiled_student, tmp_path / "state.json", "--workers", "1") as server:
+        for _ in range(2):
+            server.post(OFFERS)
+        server.stop()
+    (line,) = [json.loads(line) for line in capfd.readouterr().out.splitlines() if line.startswith("{")]
+    seconds = line.pop("seconds")
+    assert line.pop("low_confidence") <= 2 * len(OFFERS)
+    assert line == {"event": "answers", "model_version": server.model_version, "offers": 2 * len(OFFERS)}
+    assert 0 <= seconds <= 30
+
+
+def test_a_server_ends_with_who_started_it_if_it_was_told_to(compiled_student, tmp_path):
+    state_file = tmp_path / "state.json"
+    command = [sys.executable, "-m", "ml", "serve", "--model", str(compiled_student), "--port", "0"]
+    command += ["--workers", "1", "--state-file", str(state_file), "--end-with-stdin"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE)
+    _eventually(lambda: state_file.exists() or None)
+    process.stdin.close()
+    assert process.wait(30) == 0
 
 
 @pytest.mark.parametrize(

@@ -141,16 +141,10 @@ class DeadEndpoints(Endpoints):
     def releasing(self):
         return contextlib.nullcontext()
 
-    def deploy(self, folder: Path, ref: ArtifactRef) -> EndpointStatus:
+    def deploy(self, folder: Path, ref: ArtifactRef, at_once: bool = False) -> EndpointStatus:
         ASKED.deployed.append(ref)
         return EndpointStatus(
-            model=str(folder),
-            url="http://up",
-            model_version="v",
-            taxonomy_version="t",
-            pid=1,
-            started="",
-            process_started="",
+            url="http://up", model_version="v", taxonomy_version="t", started="", variants=[]
         )
 
     def check_available(self) -> None:
@@ -159,7 +153,19 @@ class DeadEndpoints(Endpoints):
     def status(self) -> EndpointStatus | None:
         return None
 
-    def invoke(self, offers: Any) -> list[dict[str, Any]]:
+    def invoke(self, offers: Any, variant: str = "") -> list[dict[str, Any]]:
+        raise AssertionError("not needed to catalogue a day")
+
+    def split(self, variants: Any) -> EndpointStatus:
+        raise AssertionError("not needed to catalogue a day")
+
+    def shadow(self, folder: Path, ref: ArtifactRef, percent: float) -> EndpointStatus:
+        raise AssertionError("not needed to catalogue a day")
+
+    def end_shadow(self) -> EndpointStatus | None:
+        raise AssertionError("not needed to catalogue a day")
+
+    def observations(self) -> list[Any]:
         raise AssertionError("not needed to catalogue a day")
 
     def stop(self) -> bool:

@@ -24,7 +24,7 @@ from offer_assets.jobs import START_ENDPOINT
 from offer_assets.release import CHAMPION_TAG, Lineage, lineage_of
 from resources.artifact_store import FolderArtifactStore
 from resources.compute import LocalCompute
-from resources.endpoints import LocalEndpoints
+from resources.local_endpoints import LocalEndpoints
 from resources.tracking import MlflowTracking, now
 from tests.ml.compiled_models import compiled_root, compiled_student, other_compiled_student
 from tests.registry import registry_in
@@ -130,7 +130,7 @@ def test_the_very_first_version_waits_too(world):
 def test_while_a_version_waits_the_one_in_production_comes_back_after_a_restart(world):
     first = world.release("first")
     world.release("second", approval="required")
-    os.kill(world.endpoints.status().pid, signal.SIGKILL)
+    os.kill(int(world.endpoints.status().details["pid"]), signal.SIGKILL)
     while world.serving:
         time.sleep(0.01)
     assert world.run(START_ENDPOINT).success

@@ -1,0 +1,487 @@
+"""The endpoint on this machine: server processes that outlive the run that started them.
+
+A model that serves alone has the port to itself. Only where several are needed side by side, a router
+(:mod:`ml.serving.router`) takes the port for that time, with the models behind it. Both are processes that
+take the port over from each other without losing a request, so every change is the same one: what is to serve
+next starts beside what serves now, and the latter ends when the former answers.
+"""
+
+from __future__ import annotations
+
+import datetime
+import socket
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import msgspec
+from typing_extensions import override
+
+from ml.artifacts import ArtifactRef
+from ml.errors import InputError
+from ml.serving import routing
+from ml.serving.routing import RoutedVariant, RoutePlan, RouterGoneError, RouterState, VariantState
+from ml.serving.variants import TARGET_VARIANT_HEADER
+from resources.atomic_files import only_one, write_atomically
+from resources.endpoints import (
+    EndpointError,
+    Endpoints,
+    EndpointStatus,
+    RolledBackError,
+    Variant,
+    VariantObservation,
+    VariantStatus,
+)
+from resources.failures import input_errors_fail_plainly
+from resources.rollout import account_of, alarm_of
+from resources.server_process import Launch, ServerProcess
+
+_HOST = "127.0.0.1"
+_ROUTER = "router-"
+_SECONDS_PER_PING = 2.0
+_SECONDS_PER_INVOCATION = 60.0
+_SECONDS_BETWEEN_LOOKS = 0.2
+_SECONDS_OF_A_SHARE = 10.0
+"""A version that is tried out has its share so long after whoever watches it looked last."""
+
+
+class _Serving(msgspec.Struct, frozen=True, kw_only=True):
+    """What serves, as ``current.json`` has it."""
+
+    model: str
+    """Folder of the compiled student with the most weight."""
+    url: str
+    model_version: str
+    taxonomy_version: str
+    pid: int
+    """The main process: of the server, or of the router."""
+    started: str
+    process_started: str
+    """Start of the process as the system tells it: a process id alone may by now be another's."""
+    log: str = ""
+    variants: list[RoutedVariant] = []
+    """Behind the router; none where a model serves alone."""
+    control: str = ""
+    """Socket of the router."""
+
+    @property
+    def process(self) -> ServerProcess:
+        """The main process."""
+        return ServerProcess(pid=self.pid, process_started=self.process_started)
+
+    @property
+    def alone(self) -> RoutedVariant:
+        """The model with the most weight, as it would serve alone."""
+        return RoutedVariant(model=self.model, model_version=self.model_version, weight=1.0)
+
+    @property
+    def answering(self) -> list[RoutedVariant]:
+        """The models whose answers clients get."""
+        return [variant for variant in self.variants if not variant.is_shadow] or [self.alone]
+
+
+class _Change(msgspec.Struct, frozen=True, kw_only=True):
+    """Processes of which only the one in ``current.json`` is to stay (``changing.json``)."""
+
+    processes: list[ServerProcess]
+
+
+class LocalEndpoints(Endpoints):
+    """Server processes on one port of this machine."""
+
+    home: str
+    port: int
+    workers: int
+    program: str = "ml"
+    """Module whose commands ``serve`` and ``route`` are the server and the router."""
+
+    @override
+    @input_errors_fail_plainly()
+    def deploy(self, folder: Path, ref: ArtifactRef, at_once: bool = False) -> EndpointStatus:
+        new = RoutedVariant(model=str(folder), model_version=ref.version, weight=1.0)
+        with only_one(self._folder / "deploy.lock"):
+            old = self._settled()
+            in_place = self.status() if old is not None and old.url == self._url else None
+            if old is None or in_place is None:
+                return _alone(self._change(old, [new]))
+            is_the_same = old.model_version == ref.version
+            if is_the_same and len(in_place.variants) == 1:
+                return in_place
+            if at_once or is_the_same or not self.policy.canary_seconds:
+                return _alone(self._change(old, [new]))
+            return _alone(self._try_out(old, new))
+
+    @override
+    @input_errors_fail_plainly()
+    def split(self, variants: Sequence[Variant]) -> EndpointStatus:
+        plan = _shares(variants)
+        with only_one(self._folder / "deploy.lock"):
+            old = self._settled()
+            if old is None or not self._serves(old, plan):
+                self._change(old, plan)
+            return self._status()
+
+    @override
+    @input_errors_fail_plainly()
+    def shadow(self, folder: Path, ref: ArtifactRef, percent: float) -> EndpointStatus:
+        if not 0 < percent <= 100:
+            raise InputError(f"percent {percent:g}: a shadow sees more than 0 and at most 100")
+        with only_one(self._folder / "deploy.lock"):
+            old = self._settled()
+            if old is None or self.status() is None:
+                raise InputError("nothing serves whose requests a shadow could see: deploy a version first")
+            if len(old.answering) > 1:
+                raise InputError(
+                    f"{len(old.answering)} versions share the requests: end the split, then add a shadow"
+                )
+            if old.model_version == ref.version:
+                raise InputError(f"model version {ref.version} serves already: its shadow would tell nothing")
+            shadow = RoutedVariant(
+                model=str(folder), model_version=ref.version, weight=percent / 100, is_shadow=True
+            )
+            plan = [old.alone, shadow]
+            if not self._serves(old, plan):
+                self._change(old, plan)
+            return self._status()
+
+    @override
+    @input_errors_fail_plainly()
+    def end_shadow(self) -> EndpointStatus | None:
+        with only_one(self._folder / "deploy.lock"):
+            old = self._settled()
+            if old is not None and any(variant.is_shadow for variant in old.variants):
+                self._change(old, old.answering)
+            return self.status()
+
+    @override
+    def observations(self) -> list[VariantObservation]:
+        recorded = self._recorded()
+        state = _asked(recorded) if recorded is not None else None
+        return [] if state is None else [_observation(variant) for variant in state.variants]
+
+    @override
+    def releasing(self) -> AbstractContextManager[None]:
+        return only_one(self._folder / "release.lock")
+
+    @override
+    @input_errors_fail_plainly()
+    def check_available(self) -> None:
+        recorded = self._recorded()
+        if recorded is None or recorded.url != self._url:
+            self._check_port_is_free()
+
+    @override
+    def status(self) -> EndpointStatus | None:
+        recorded = self._recorded()
+        if recorded is None:
+            return None
+        ping = _ping(recorded.url)
+        if ping is None or ping.get("model_version") != recorded.model_version:
+            return None
+        if not recorded.control:
+            return _alone(recorded)
+        state = _asked(recorded)
+        return _behind_router(recorded, state) if state is not None else None
+
+    @override
+    @input_errors_fail_plainly()
+    def invoke(self, offers: Sequence[Mapping[str, Any]], variant: str = "") -> list[dict[str, Any]]:
+        import httpx
+
+        url = recorded.url if (recorded := self._recorded()) else self._url
+        target = {TARGET_VARIANT_HEADER: variant} if variant else {}
+        try:
+            response = httpx.post(
+                f"{url}/invocations",
+                content=msgspec.json.encode({"offers": list(offers)}),
+                headers={"content-type": "application/json", **target},
+                timeout=_SECONDS_PER_INVOCATION,
+                trust_env=False,
+            )
+            answer = response.json()
+        except (httpx.HTTPError, ValueError) as error:
+            raise EndpointError(
+                f"the endpoint at {url} does not answer ({error}): materialize offer_endpoint to start it"
+            ) from None
+        if 400 <= response.status_code < 500:
+            raise InputError(f"the endpoint refused the offers: {answer.get('error', response.text)}")
+        if response.status_code != 200:
+            raise EndpointError(f"the endpoint at {url} answered {response.status_code}: {response.text}")
+        predictions: list[dict[str, Any]] = answer["predictions"]
+        return predictions
+
+    @override
+    def stop(self) -> bool:
+        with only_one(self._folder / "deploy.lock"):
+            recorded = self._settled()
+            if recorded is not None:
+                recorded.process.end()
+            self._current.unlink(missing_ok=True)
+            return recorded is not None
+
+    def _try_out(self, old: _Serving, new: RoutedVariant) -> _Serving:
+        """Give a version its share for a while, then all requests; or none, if an alarm trips."""
+        before = old.alone
+        router = self._change(old, [before, msgspec.structs.replace(new, weight=0.0)])
+        try:
+            self._watch(router, before, new)
+            return self._change(router, [new])
+        except BaseException:
+            # Also when this run is canceled: nobody would watch any more.
+            try:
+                self._change(router, [before])
+            except EndpointError as error:
+                _log().error(f"model version {before.model_version} goes on behind the router: {error}")
+            raise
+
+    def _watch(self, router: _Serving, before: RoutedVariant, new: RoutedVariant) -> None:
+        policy, control = self.policy, Path(router.control)
+        share = policy.canary_percent / 100
+        weights = {before.name: 1 - share, new.name: share}
+        _log().info(
+            f"model version {new.model_version} gets {policy.canary_percent:g} % of the requests for "
+            f"{policy.canary_seconds:g} s, beside {before.model_version}"
+        )
+        deadline = time.monotonic() + policy.canary_seconds
+        while True:
+            try:
+                state = routing.ask(control, weights, _SECONDS_OF_A_SHARE)
+            except RouterGoneError as error:
+                raise EndpointError(
+                    f"the router ended while model version {new.model_version} was tried out, so it was not "
+                    f"watched to the end ({error}); see {router.log}, then deploy it again"
+                ) from None
+            seen = next(variant for variant in state.variants if variant.name == new.name)
+            if alarm := alarm_of(seen, policy):
+                routing.ask(control, {before.name: 1.0}, _SECONDS_OF_A_SHARE)
+                raise RolledBackError(
+                    f"model version {new.model_version} was rolled back: {alarm}. Model version "
+                    f"{before.model_version} has all requests again"
+                )
+            if (left := deadline - time.monotonic()) <= 0:
+                _log().info(f"model version {new.model_version} gets all requests: {account_of(seen)}")
+                return
+            time.sleep(min(left, _SECONDS_BETWEEN_LOOKS))
+
+    def _change(self, old: _Serving | None, variants: Sequence[RoutedVariant]) -> _Serving:
+        """Let ``variants`` serve instead of ``old``, which ends when they answer.
+
+        Raises:
+            InputError: a stranger has the port.
+            EndpointError: they do not come up; ``old`` goes on serving.
+        """
+        if old is None or old.url != self._url:
+            self._check_port_is_free()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        start = self._start_alone if len(variants) == 1 else self._start_router
+        new = start(variants, [old.process] if old is not None else [])
+        _write(self._current, new)
+        if old is not None:
+            old.process.end()
+        self._changing.unlink(missing_ok=True)
+        for leftover in set(self._folder.glob(f"{_ROUTER}*.sock")) - {Path(new.control)}:
+            leftover.unlink(missing_ok=True)  # of a router that was killed
+        return new
+
+    def _start_alone(self, variants: Sequence[RoutedVariant], old: list[ServerProcess]) -> _Serving:
+        variant = variants[0]
+        command = [self.program, "serve", "--model", variant.model]
+        return self._start(variant, f"model version {variant.model_version}", command, old)
+
+    def _start_router(self, variants: Sequence[RoutedVariant], old: list[ServerProcess]) -> _Serving:
+        name = f"{_ROUTER}{uuid.uuid4().hex[:8]}"
+        plan, control = self._folder / f"{name}.json", self._folder / f"{name}.sock"
+        _write(plan, RoutePlan(variants=list(variants)))
+        command = [self.program, "route", "--plan", str(plan), "--control", str(control)]
+        command += ["--program", self.program]
+        what = " beside ".join(f"model version {variant.model_version}" for variant in reversed(variants))
+        main = max(
+            (variant for variant in variants if not variant.is_shadow), key=lambda variant: variant.weight
+        )
+        try:
+            started = self._start(main, what, command, old)
+        finally:
+            plan.unlink()
+        return msgspec.structs.replace(started, variants=list(variants), control=str(control))
+
+    def _start(
+        self, main: RoutedVariant, what: str, command: list[str], old: list[ServerProcess]
+    ) -> _Serving:
+        log = self._folder / f"{command[1]}-{main.model_version}.log"
+        command += ["--port", str(self.port), "--workers", str(self.workers)]
+        launch = Launch(what, command, log)
+        _write(self._changing, _Change(processes=[launch.process, *old]))
+        state = launch.wait()
+        return _Serving(
+            model=main.model,
+            url=self._url,
+            model_version=main.model_version,
+            taxonomy_version=state.taxonomy_version,
+            pid=state.pid,
+            started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            process_started=launch.process.process_started,
+            log=str(log),
+        )
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self.home).absolute() / "endpoint"
+
+    @property
+    def _current(self) -> Path:
+        return self._folder / "current.json"
+
+    @property
+    def _changing(self) -> Path:
+        return self._folder / "changing.json"
+
+    @property
+    def _url(self) -> str:
+        return f"http://{_HOST}:{self.port}"
+
+    def _recorded(self) -> _Serving | None:
+        """What ``current.json`` names, if that process is still the one it was."""
+        try:
+            recorded = msgspec.json.decode(self._current.read_bytes(), type=_Serving)
+        except (FileNotFoundError, msgspec.DecodeError):
+            return None
+        return recorded if recorded.process.is_alive else None
+
+    def _settled(self) -> _Serving | None:
+        """What serves, after the end of what a change left over whose process was killed half way."""
+        recorded = self._recorded()
+        with suppress(FileNotFoundError, msgspec.DecodeError):
+            for process in msgspec.json.decode(self._changing.read_bytes(), type=_Change).processes:
+                if recorded is None or process != recorded.process:
+                    process.end()
+            self._changing.unlink()
+        return recorded
+
+    def _serves(self, recorded: _Serving, plan: Sequence[RoutedVariant]) -> bool:
+        """Whether that is what serves already, in good health."""
+        status = self.status() if recorded.url == self._url else None
+        if status is None or "down" in status.details:
+            return False
+        return (recorded.variants or [recorded.alone]) == list(plan)
+
+    def _status(self) -> EndpointStatus:
+        status = self.status()
+        if status is None:
+            raise EndpointError(
+                f"the endpoint at {self._url} answered, and stopped to; see the logs in {self._folder}"
+            )
+        return status
+
+    def _check_port_is_free(self) -> None:
+        """The server shares its port with the version before; a stranger must not be shared with."""
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((_HOST, self.port))
+            except OSError as error:
+                raise InputError(
+                    f"OFFER_ASSETS_ENDPOINT_PORT={self.port} cannot be used ({error.strerror}): "
+                    "choose another port, or end what uses it"
+                ) from None
+
+
+def _shares(variants: Sequence[Variant]) -> list[RoutedVariant]:
+    """The variants with weights that sum up to 1."""
+    versions = [variant.ref.version for variant in variants]
+    if not variants or len(set(versions)) < len(versions):
+        raise InputError(f"split between {versions}: expected one version or more, each once")
+    if bad := [variant for variant in variants if not 0 < variant.weight < float("inf")]:
+        raise InputError(
+            f"weight {bad[0].weight:g} of model version {bad[0].ref.version}: expected a number above 0"
+        )
+    total = sum(variant.weight for variant in variants)
+    return [
+        RoutedVariant(
+            model=str(variant.folder), model_version=variant.ref.version, weight=variant.weight / total
+        )
+        for variant in variants
+    ]
+
+
+def _alone(serving: _Serving) -> EndpointStatus:
+    variant = serving.alone
+    return EndpointStatus(
+        url=serving.url,
+        model_version=serving.model_version,
+        taxonomy_version=serving.taxonomy_version,
+        started=serving.started,
+        variants=[VariantStatus(name=variant.name, model_version=variant.model_version, weight=1.0)],
+        details={"pid": str(serving.pid), "log": serving.log},
+    )
+
+
+def _behind_router(serving: _Serving, state: RouterState) -> EndpointStatus:
+    variants = sorted(state.variants, key=lambda variant: (variant.is_shadow, -variant.weight))
+    down = ", ".join(variant.name for variant in variants if not variant.is_up)
+    missed = ", ".join(f"{variant.name}: {variant.dropped:,}" for variant in variants if variant.dropped)
+    told = {"down": down, "copies_missed": missed}
+    return EndpointStatus(
+        url=serving.url,
+        model_version=serving.model_version,
+        taxonomy_version=serving.taxonomy_version,
+        started=serving.started,
+        variants=[_variant_status(variant) for variant in variants],
+        details={
+            "pid": str(serving.pid),
+            "log": serving.log,
+            **{name: text for name, text in told.items() if text},
+        },
+    )
+
+
+def _variant_status(variant: VariantState) -> VariantStatus:
+    return VariantStatus(
+        name=variant.name,
+        model_version=variant.model_version,
+        weight=variant.weight,
+        is_shadow=variant.is_shadow,
+    )
+
+
+def _observation(variant: VariantState) -> VariantObservation:
+    return VariantObservation(
+        variant=_variant_status(variant),
+        requests=variant.requests,
+        errors=variant.errors,
+        p99_milliseconds=variant.p99_milliseconds,
+        low_confidence_share=variant.low_confidence / variant.offers if variant.offers else None,
+    )
+
+
+def _asked(serving: _Serving) -> RouterState | None:
+    """What the router says; None where there is none, or it does not answer."""
+    if not serving.control:
+        return None
+    try:
+        return routing.ask(Path(serving.control))
+    except RouterGoneError:
+        return None
+
+
+def _ping(url: str) -> dict[str, Any] | None:
+    """What ``/ping`` says, on a connection of its own; None unless it is healthy."""
+    import httpx
+
+    try:
+        response = httpx.get(f"{url}/ping", timeout=_SECONDS_PER_PING, trust_env=False)
+        answer = response.json()
+    except (httpx.HTTPError, ValueError):
+        return None
+    return answer if response.status_code == 200 and isinstance(answer, dict) else None
+
+
+def _write(file: Path, content: msgspec.Struct) -> None:
+    write_atomically(file, msgspec.json.format(msgspec.json.encode(content)))
+
+
+def _log() -> Any:
+    return dg.get_dagster_logger(__name__)
