@@ -2,9 +2,9 @@
 
 The container has no network: what goes in and out are folders under ``/opt/ml``.
 
-- ``input/data/stage``: ``spec.json`` says what to do (:class:`JobSpec`), ``pipes-context.json`` is the context of
-  the orchestrator's run, if it listens.
-- ``input/data/artifacts``: the input artifacts; ``input/data/encoder``: a pretrained encoder, if one is needed.
+- ``input/data/stage``: ``spec.json`` says what to do (:class:`JobSpec`), ``pipes-context.json`` is the context
+  of the orchestrator's run, if it listens.
+- ``input/data/artifacts``: the input artifacts; ``input/data/encoder``: a pretrained encoder, where needed.
 - ``input/config/resourceconfig.json``: the machines of the job.
 - ``checkpoints``: kept by the service, and there again when a job of the same artifact is started.
 - ``model``: gets the finished artifact. ``output/failure``: gets the line that says why there is none.
@@ -173,7 +173,7 @@ def _host(path: Path) -> Host:
 def _listener(context_file: Path, host: Host) -> Iterator[Listener | None]:
     """Who hears of the progress: the orchestrator, of one machine, and if it listens at all.
 
-    What ends early does not say goodbye: after an interruption the same job begins again, and goes on talking.
+    What is ended early says no goodbye: after an interruption the same job begins again, and goes on talking.
     """
     if host.rank > 0 or not context_file.exists():
         yield None
