@@ -144,16 +144,26 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+        return parse_manifest(path.read_bytes(), str(path))
     except FileNotFoundError:
         raise InputError(
             f"{folder} is not an artifact: it has no {MANIFEST} (unfinished or a wrong path)"
         ) from None
+
+
+def parse_manifest(encoded: bytes, place: str) -> Manifest:
+    """The manifest that ``place`` holds.
+
+    Raises:
+        InputError: it is one that this version cannot read; the line names the place.
+    """
+    try:
+        manifest = msgspec.json.decode(encoded, type=Manifest)
     except msgspec.DecodeError as error:
-        raise InputError(f"{path} cannot be read: {error}; delete the folder and run again") from None
+        raise InputError(f"{place} cannot be read: {error}; delete the folder and run again") from None
     if manifest.format != MANIFEST_FORMAT:
         raise InputError(
-            f"{path} has format {manifest.format}, this version reads {MANIFEST_FORMAT}; make it anew"
+            f"{place} has format {manifest.format}, this version reads {MANIFEST_FORMAT}; make it anew"
         )
     return manifest
 
@@ -191,12 +201,16 @@ def verify(folder: Path, *, kinds: Collection[str] = (), digest: str | None = No
 
 def reference(folder: Path, uri: str | None = None) -> ArtifactRef:
     """The reference to the artifact in ``folder`` (stored at ``uri``, if that is elsewhere)."""
-    manifest = read_manifest(folder)
+    return reference_to(read_manifest(folder), uri if uri is not None else str(folder))
+
+
+def reference_to(manifest: Manifest, uri: str) -> ArtifactRef:
+    """The reference to the artifact that the manifest describes, stored at ``uri``."""
     return ArtifactRef(
         kind=manifest.kind,
         key=manifest.key,
         digest=manifest.digest,
-        uri=uri if uri is not None else str(folder),
+        uri=uri,
         metrics=manifest.metrics,
     )
 

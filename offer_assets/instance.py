@@ -10,7 +10,7 @@ import dagster as dg
 import yaml
 from dagster import DagsterRunStatus, RunsFilter
 
-from resources.artifact_store import ArtifactStore, FolderArtifactStore
+from resources.artifact_store import ArtifactStore
 from resources.processes import started_at
 from resources.settings import Settings
 
@@ -77,8 +77,8 @@ def process_tag(run_id: str | None = None) -> dict[str, str]:
 
 
 def feed_tag(store: ArtifactStore) -> dict[str, str]:
-    """Tag of a run that changes the pointers of ``store``; none where they have one owner."""
-    return {FEED_TAG: store.feed} if isinstance(store, FolderArtifactStore) else {}
+    """Tag of a run that changes the pointers of ``store``."""
+    return {FEED_TAG: store.feed}
 
 
 def fail_dead_runs(instance: dg.DagsterInstance, *, without_process_too: bool = False) -> None:

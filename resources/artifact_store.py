@@ -24,6 +24,9 @@ from resources.atomic_files import write_atomically
 class ArtifactStore(dg.ConfigurableResource[Any], ABC):
     """Where artifacts are kept."""
 
+    feed: str
+    """Whose pointers these are; artifacts are shared, see :mod:`resources.feed_name`."""
+
     @abstractmethod
     def find(self, kind: str, key: str) -> ArtifactRef | None:
         """The artifact of this kind and key, or None where it was not made yet.
@@ -98,8 +101,6 @@ class FolderArtifactStore(ArtifactStore):
     """
 
     root: str
-    feed: str
-    """Whose pointers these are; artifacts are shared, see :mod:`resources.feed_name`."""
 
     @override
     def find(self, kind: str, key: str) -> ArtifactRef | None:
@@ -116,7 +117,7 @@ class FolderArtifactStore(ArtifactStore):
 
     @override
     def find_by_digest(self, kind: str, digest: str) -> ArtifactRef | None:
-        for manifest in sorted((self._root / _segment(kind)).glob(f"*/{MANIFEST}")):
+        for manifest in sorted((self._root / segment(kind)).glob(f"*/{MANIFEST}")):
             try:
                 found = reference(manifest.parent)
             except InputError:
@@ -144,11 +145,11 @@ class FolderArtifactStore(ArtifactStore):
 
     @override
     def destination(self, kind: str, key: str) -> Path:
-        return self._root / _segment(kind) / _segment(key)
+        return self._root / segment(kind) / segment(key)
 
     @override
     def workspace(self, kind: str, key: str) -> Path:
-        return self._root.parent / "work" / _segment(kind) / _segment(key)
+        return self._root.parent / "work" / segment(kind) / segment(key)
 
     @override
     def adopt(self, kind: str, key: str) -> ArtifactRef:
@@ -176,8 +177,8 @@ class FolderArtifactStore(ArtifactStore):
                 continue
             ref = self._read(file)
             if ref is not None:
-                rest = file.relative_to(folder).as_posix().removesuffix(_POINTER_SUFFIX)
-                pointers[unquote(rest)] = ref
+                rest = file.relative_to(folder).as_posix().removesuffix(POINTER_SUFFIX)
+                pointers[name_in(rest)] = ref
         return dict(sorted(pointers.items()))
 
     @property
@@ -185,8 +186,7 @@ class FolderArtifactStore(ArtifactStore):
         return Path(self.root).absolute()
 
     def _pointer_file(self, name: str) -> Path:
-        *folders, last = (_segment(part) for part in name.split("/"))
-        return self._root.parent.joinpath("pointers", _segment(self.feed), *folders, last + _POINTER_SUFFIX)
+        return self._root.parent / "pointers" / segment(self.feed) / (path_of(name) + POINTER_SUFFIX)
 
     def _read(self, file: Path) -> ArtifactRef | None:
         try:
@@ -198,10 +198,20 @@ class FolderArtifactStore(ArtifactStore):
         return msgspec.structs.replace(ref, uri=str(self.destination(ref.kind, ref.key)))
 
 
-_POINTER_SUFFIX = ".json"
+POINTER_SUFFIX = ".json"
 
 
-def _segment(name: str) -> str:
+def path_of(name: str) -> str:
+    """The name of a pointer as a relative path, whatever characters it is made of."""
+    return "/".join(segment(part) for part in name.split("/"))
+
+
+def name_in(path: str) -> str:
+    """The name that :func:`path_of`, or :func:`segment`, made ``path`` of."""
+    return unquote(path)
+
+
+def segment(name: str) -> str:
     """``name`` as one path segment that stays inside its folder."""
     if not name:
         raise ValueError("an artifact or pointer name has an empty part")

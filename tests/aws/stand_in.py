@@ -74,6 +74,7 @@ class StandIn:
             .load_service_model("sagemaker", "service-2")
         )
         self._lock = threading.Lock()
+        self._conditional_writes = threading.Lock()
 
     def fail_next(self, operation: str, times: int = 1, **fault: Any) -> None:
         """Answer the next calls of ``operation`` with an error."""
@@ -105,11 +106,27 @@ class StandIn:
             answer: Any = self._handled(operation, request)
         else:
             environ["wsgi.input"] = _Rewound(request.get_data())
-            answer = self._moto
+            answer = self._conditional_write if _is_conditional_write(service, request) else self._moto
         if fault is not None:
             list(answer(environ, lambda *_: None))
             answer = _refusal(service, ServiceError(fault.code, "a fault of the test", fault.status))
         return answer(environ, start_response)
+
+    def _conditional_write(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        """What S3 does and moto does not: ``If-Match``, and either condition checked and met in one step."""
+        with self._conditional_writes:
+            wanted = environ.get("HTTP_IF_MATCH")
+            if wanted is not None:
+                look = Response.from_app(
+                    self._moto, Request(environ).environ | {"REQUEST_METHOD": "HEAD", "CONTENT_LENGTH": "0"}
+                )
+                if look.status_code == 404:
+                    return _refusal("s3", ServiceError("NoSuchKey", "none", 404))(environ, start_response)
+                if look.headers["ETag"].strip('"') != wanted.strip('"'):
+                    return _refusal("s3", ServiceError("PreconditionFailed", "If-Match", 412))(
+                        environ, start_response
+                    )
+            return Response.from_app(self._moto, environ, buffered=True)(environ, start_response)
 
     def _handled(self, operation: str, request: Request) -> Response:
         try:
@@ -184,6 +201,11 @@ def _what_is_asked(request: Request) -> tuple[str, str]:
             if pair.startswith("Action="):
                 return service, pair.removeprefix("Action=")
     return service, f"{request.method} {request.path}"
+
+
+def _is_conditional_write(service: str, request: Request) -> bool:
+    conditions = {"If-Match", "If-None-Match"}
+    return service == "s3" and request.method == "PUT" and any(name in request.headers for name in conditions)
 
 
 def _check(operation: OperationModel, given: dict[str, Any]) -> None:

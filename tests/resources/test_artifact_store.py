@@ -1,46 +1,37 @@
-"""What every artifact store promises; a further implementation joins by one more ``params`` entry."""
+"""What every artifact store promises; a further implementation joins by one more world."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from ml.artifacts import MANIFEST, ArtifactRef, reference, write_manifest
+from ml.artifacts import MANIFEST, ArtifactRef, reference, verify
 from ml.errors import InputError
 from resources.artifact_store import ArtifactStore, FolderArtifactStore
+from tests.resources.artifact_worlds import KEY, KIND, FolderWorld, Publish, S3World, World
 
-KIND, KEY = "offers", "0123456789abcdef" * 2
 
-
-@pytest.fixture(params=[FolderArtifactStore])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> ArtifactStore:
-    return request.param(root=str(tmp_path / "home" / "artifacts"), feed="feed")
+@pytest.fixture(params=["folder", "s3"])
+def world(request: pytest.FixtureRequest, tmp_path: Path) -> World:
+    if request.param == "folder":
+        return FolderWorld(tmp_path)
+    request.getfixturevalue("stand_in")
+    return S3World(tmp_path)
 
 
 @pytest.fixture
-def publish(store: ArtifactStore) -> Callable[..., ArtifactRef]:
-    def publish(kind: str = KIND, key: str = KEY, content: str = "some content") -> ArtifactRef:
-        folder = store.destination(kind, key)
-        folder.mkdir(parents=True)
-        (folder / "data.txt").write_text(content)
-        write_manifest(
-            folder,
-            kind=kind,
-            key=key,
-            inputs={},
-            code_version="1",
-            code_revision=None,
-            parameters={},
-            metrics={"rows": 3},
-            seconds=0.1,
-        )
-        return store.adopt(kind, key)
+def store(world: World) -> ArtifactStore:
+    return world.store
 
-    return publish
+
+@pytest.fixture
+def publish(world: World) -> Publish:
+    return world.publish
 
 
 def test_an_artifact_that_was_not_made_is_not_found(store):
@@ -53,10 +44,9 @@ def test_a_published_artifact_is_found_with_its_digest_and_metrics(store, publis
     assert (ref.kind, ref.key, ref.metrics) == (KIND, KEY, {"rows": 3})
 
 
-def test_an_artifact_is_found_by_its_content_past_a_damaged_one(store, publish):
-    damaged = publish(key="0" * 32, content="damaged")
-    Path(damaged.uri, MANIFEST).write_text("{")
+def test_an_artifact_is_found_by_its_content_past_a_damaged_one(world, store, publish):
     ref = publish()
+    world.change(publish(key="0" * 32), MANIFEST, b"{")
     assert store.find_by_digest(KIND, ref.digest) == ref
     assert store.find_by_digest(KIND, "0" * 64) is None
     assert store.find_by_digest("another_kind", ref.digest) is None
@@ -71,26 +61,28 @@ def test_a_folder_without_manifest_is_no_artifact(store):
         store.adopt(KIND, KEY)
 
 
-def test_an_artifact_in_the_place_of_another_is_refused(store, publish):
-    ref = publish()
-    other = store.destination(KIND, "f" * 32)
-    Path(ref.uri).rename(other)
+def test_an_artifact_in_the_place_of_another_is_refused(world, store, publish):
+    world.move(publish(), "f" * 32)
     with pytest.raises(InputError, match=f"expected {KIND} {'f' * 32}"):
         store.find(KIND, "f" * 32)
 
 
-def test_a_fetched_artifact_is_a_verified_local_folder(store, publish):
-    folder = store.fetch(publish(content="true content"))
-    assert (folder / "data.txt").read_text() == "true content"
+@pytest.mark.parametrize("check", [True, False])
+def test_a_fetched_artifact_is_a_complete_local_folder(world, store, publish, check):
+    ref = publish(content="true content", files=("part/ü 1.txt",))
+    for reader in (store, world.elsewhere()):
+        folder = reader.fetch(ref, check=check)
+        assert (folder / "data.txt").read_text() == "true content"
+        assert verify(folder, kinds=[KIND], digest=ref.digest) == reader.manifest(ref)
+        assert sorted(verify(folder).files) == ["data.txt", "part/ü 1.txt"]
 
 
-@pytest.mark.parametrize("damage", ["other content", None])
-def test_a_damaged_artifact_is_not_handed_out(store, publish, damage):
+@pytest.mark.parametrize("damage", [b"other content", b"SOME CONTENT", None])
+def test_a_damaged_artifact_is_not_handed_out(world, publish, damage):
     ref = publish()
-    file = store.destination(KIND, KEY) / "data.txt"
-    file.unlink() if damage is None else file.write_text(damage)
+    world.change(ref, "data.txt", damage)
     with pytest.raises(InputError, match=r"data\.txt"):
-        store.fetch(ref)
+        world.elsewhere().fetch(ref)
 
 
 @pytest.mark.parametrize("check", [True, False])
@@ -101,11 +93,14 @@ def test_an_artifact_with_another_digest_is_not_handed_out(store, publish, check
 
 
 @pytest.mark.parametrize("check", [True, False])
-def test_an_artifact_that_is_gone_is_an_input_error(store, publish, check):
+def test_an_artifact_that_is_gone_is_an_input_error(world, store, publish, check):
     ref = publish()
-    (store.destination(KIND, KEY) / MANIFEST).unlink()
-    with pytest.raises(InputError, match="not an artifact"):
-        store.fetch(ref, check=check)
+    world.change(ref, MANIFEST, None)
+    for reader in (store, world.elsewhere()):
+        with pytest.raises(InputError, match="not an artifact"):
+            reader.fetch(ref, check=check)
+        with pytest.raises(InputError, match="not an artifact"):
+            reader.manifest(ref)
 
 
 def test_workspace_and_destination_lie_on_one_file_system(store):
@@ -164,8 +159,35 @@ def test_a_reader_never_sees_half_a_pointer_while_many_write(store, publish):
     assert store.read_pointer("busy") in refs
 
 
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(names=st.sets(st.text(st.characters(codec="utf-8"), min_size=1, max_size=12), max_size=6))
+def test_partitions_of_any_characters_are_listed_in_their_order(store, names):
+    ref = ArtifactRef(kind=KIND, key=KEY, digest="d" * 64, uri="")
+    asset = f"asset {len(_LISTED)}"
+    _LISTED.append(asset)
+    wanted = {name.replace("/", "-") for name in names}
+    for name in sorted(wanted, reverse=True):
+        store.write_pointer(f"{asset}/{name}", ref)
+    assert list(store.list_pointers(asset)) == sorted(wanted)
+
+
+_LISTED: list[str] = []
+"""Each example gets an asset of its own."""
+
+
+def test_a_pointer_that_somebody_edited_wrongly_is_named(world, store, publish):
+    store.write_pointer("sample", publish())
+    world.change_pointer("sample", b"not json")
+    with pytest.raises(InputError, match=r"sample\.json is not a reference"):
+        store.read_pointer("sample")
+
+
 class TestFolder:
     """What only the folder store has."""
+
+    @pytest.fixture
+    def world(self, tmp_path: Path) -> World:
+        return FolderWorld(tmp_path)
 
     def test_references_hold_after_the_home_was_moved(self, tmp_path, publish, store):
         ref = publish()
@@ -184,9 +206,3 @@ class TestFolder:
         folder = tmp_path / "home" / "pointers" / "feed" / "offers"
         (folder / ".2026-11-03.json.0123.partial").write_bytes(b'{"kind"')
         assert list(store.list_pointers("offers")) == ["2026-11-02"]
-
-    def test_a_pointer_that_somebody_edited_wrongly_is_named(self, tmp_path, publish, store):
-        store.write_pointer("sample", publish())
-        (tmp_path / "home" / "pointers" / "feed" / "sample.json").write_text("not json")
-        with pytest.raises(InputError, match=r"sample\.json is not a reference"):
-            store.read_pointer("sample")
