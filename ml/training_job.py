@@ -2,8 +2,8 @@
 
 The container has no network: what goes in and out are folders under ``/opt/ml``.
 
-- ``input/data/stage``: ``spec.json`` says what to do (:class:`JobSpec`), ``pipes-context.json`` is the context
-  of the orchestrator's run, if it listens.
+- ``input/data/stage``: ``spec.json`` says what to do (:class:`JobSpec`), ``pipes-context.json`` is the
+  context of the orchestrator's run, if it listens.
 - ``input/data/artifacts``: the input artifacts; ``input/data/encoder``: a pretrained encoder, where needed.
 - ``input/config/resourceconfig.json``: the machines of the job.
 - ``checkpoints``: kept by the service, and there again when a job of the same artifact is started.

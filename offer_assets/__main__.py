@@ -151,6 +151,14 @@ def _deploy(settings: Settings, _options: argparse.Namespace) -> int:
     return 0 if deploy(settings) else 1
 
 
+def _jobs(settings: Settings, _options: argparse.Namespace) -> int:
+    """Show which heavy stages run as jobs in AWS, on what and at what cost at most; starts nothing."""
+    from resources.job_plan import plan_table, read_plan
+
+    print(plan_table(read_plan(settings.aws_jobs)))
+    return 0
+
+
 def _given(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(options).items() if name != "command"}
 
@@ -213,6 +221,7 @@ _COMMANDS = {
     "reject": _reject,
     "rollback": _rollback,
     "deploy": _deploy,
+    "jobs": _jobs,
 }
 
 _OPTIONS = {

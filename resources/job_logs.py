@@ -1,4 +1,4 @@
-"""What a training job writes, while it runs: messages of Dagster Pipes for the run, other lines for its log."""
+"""What a training job writes, while it runs: messages of Dagster Pipes for the run, and lines for its log."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _LINES_SHOWN = 15
 class JobLogReader(dg.PipesMessageReader):
     """Reads all log streams of a job: one for each machine, and again for each restart.
 
-    It reads when it is told to, in the caller's thread. ``PipesCloudWatchMessageReader`` knows one stream, by a
-    name that only the running job makes up, and begins at the time of its own start; who takes over a job wants
-    to hear what was said before.
+    It reads when it is told to, in the caller's thread. ``PipesCloudWatchMessageReader`` knows one stream, by
+    a name that only the running job makes up, and begins at the time of its own start; who takes over a job
+    wants to hear what was said before.
     """
 
     def __init__(self, aws: AwsAccess, job: str, log: Any) -> None:

@@ -1,7 +1,7 @@
 """On which machines the heavy stages run in ``aws``, and for how long at most.
 
-Every stage has a default; a TOML file changes what it names (``jobs.example.toml`` explains it to people, and a
-test reads it).
+Every stage has a default; a TOML file changes what it names (``jobs.example.toml`` explains it to people, and
+a test reads it).
 """
 
 from __future__ import annotations
@@ -69,9 +69,7 @@ def read_plan(path: str) -> JobPlan:
     Raises:
         InputError: one line that names the file, the stage and the key.
     """
-    plan = {
-        stage.name: _DEFAULTS.get(stage.name, JobMachines()) for stage in STAGES.values() if stage.heavy
-    }
+    plan = {stage.name: _DEFAULTS.get(stage.name, JobMachines()) for stage in STAGES.values() if stage.heavy}
     if not path:
         return plan
     try:
@@ -148,8 +146,8 @@ def _changed(name: str, table: Any, plan: JobPlan) -> JobMachines:
         raise InputError(f'{place}: where = "job" cannot be: it asks the endpoint, and jobs have no network')
     if machines.instance_count > 1 and name not in _SEVERAL_MACHINES:
         raise InputError(
-            f"{place}: instance_count = {machines.instance_count}, but only {' and '.join(_SEVERAL_MACHINES)} "
-            "share their work among machines; take a larger instance_type"
+            f"{place}: instance_count = {machines.instance_count}, but only "
+            f"{' and '.join(_SEVERAL_MACHINES)} share their work among machines; take a larger instance_type"
         )
     return machines
 

@@ -1,9 +1,9 @@
 """Heavy stages as SageMaker training jobs.
 
-A job is named by what it makes and by how many were tried before, so that whoever wants the same artifact finds
-the job that is making it: a daemon that was restarted, a retry after a kill, a second run. Everything of a job
-lies in S3 below ``jobs/<name>``, and its checkpoints below ``checkpoints/<stage>/<key>``, where the next job of
-the same artifact continues.
+A job is named by what it makes and by how many were tried before, so that whoever wants the same artifact
+finds the job that is making it: a daemon that was restarted, a retry after a kill, a second run. All of a job
+lies in S3 below ``jobs/<name>``, and its checkpoints below ``checkpoints/<stage>/<key>``, where the next job
+of the same artifact continues.
 """
 
 import random
@@ -96,11 +96,11 @@ class SageMakerCompute(LocalCompute):
         attempts, last = 0, None
         while (job := self._described(job_name(self.name, stage.name, key, attempts + 1))) is not None:
             attempts, last = attempts + 1, job
-        if last is not None and last["OutputDataConfig"]["S3OutputPath"] != output_path(self._location):
+        ours = output_path(self._location)
+        if last is not None and (theirs := last["OutputDataConfig"]["S3OutputPath"]) != ours:
             raise InputError(
-                f"training job {last['TrainingJobName']} writes to {last['OutputDataConfig']['S3OutputPath']}, "
-                f"not to {output_path(self._location)}: it is of another installation in this account; give this "
-                "one another OFFER_ASSETS_AWS_ENDPOINT_NAME"
+                f"training job {last['TrainingJobName']} writes to {theirs}, not to {ours}: it is of another "
+                "installation in this account; give this one another OFFER_ASSETS_AWS_ENDPOINT_NAME"
             )
         return attempts, last
 
@@ -142,7 +142,7 @@ class SageMakerCompute(LocalCompute):
             name=job_name(self.name, stage.name, key, attempt),
             stage=stage.name,
             key=key,
-            run_id=context.run_id,
+            run_id=context.op_execution_context.run_id,
             image=self._image(work),
             machines=machines,
             location=self._location,
@@ -154,12 +154,14 @@ class SageMakerCompute(LocalCompute):
         if getattr(work.parameters, "target", "") != "neuron":
             return self.training_image
         if not self.neuron_image:
-            raise InputError("target neuron is compiled in an image of its own: set OFFER_ASSETS_AWS_NEURON_IMAGE")
+            raise InputError(
+                "target neuron is compiled in an image of its own: set OFFER_ASSETS_AWS_NEURON_IMAGE"
+            )
         return self.neuron_image
 
     @contextmanager
     def _session(self, context: AnyContext, name: str, reader: JobLogReader) -> Iterator[Any]:
-        """Hear what a job says, and stop it if the run is interrupted; yields what the job gets to know of it."""
+        """Hear what a job says, and stop it if the run is interrupted; yields what it is told of the run."""
         # Dagster warns here of a preview property that is its own.
         warnings.filterwarnings("ignore", message=".*expected_writer_count", category=dg.PreviewWarning)
         with dg.open_pipes_session(
@@ -242,7 +244,7 @@ class SageMakerCompute(LocalCompute):
         """Stop a job that nobody wants any more; its checkpoints stay."""
         sagemaker = self.aws.client("sagemaker")
         try:
-            if self._described(name) is None:
+            if (job := self._described(name)) is None or job["TrainingJobStatus"] in ENDED:
                 return
             with aws_errors(f"stopping training job {name}"):
                 sagemaker.stop_training_job(TrainingJobName=name)
@@ -252,7 +254,9 @@ class SageMakerCompute(LocalCompute):
                     break
                 time.sleep(min(1.0, self.poll_seconds))
         except (InputError, dg.Failure) as error:
-            context.log.error(f"stop training job {name} by hand ({job_url(self.aws.region, name)}): {error}")
+            context.log.warning(
+                f"stop training job {name} by hand ({job_url(self.aws.region, name)}): {error}"
+            )
             return
         context.log.info(f"training job {name} is stopped with the run")
 

@@ -27,7 +27,7 @@ _RESTARTS = 2
 _OWN_DISK = re.compile(r"ml\.(g[4-9]|p[4-9]|p3dn|trn|[cmr]\d+[a-z]*d)")
 """Types whose disk is encrypted by its own hardware; the service refuses to be given a key for it."""
 _METRICS = {"training:loss": "loss", "validation:accuracy": "validation accuracy"}
-"""Figures of progress lines that the service plots. The same lines within messages of Pipes begin with ``{``."""
+"""Figures of progress lines that the service plots; in messages of Pipes the same lines begin with ``{``."""
 _FAILED_FOR_GOOD = re.compile(rf"(?:AlgorithmError: )?{INPUT_ERROR}(.*?)(?:, exit code: \d+)?", re.DOTALL)
 _TIMES_OUT = {
     "MaxRuntimeExceeded": "computed for as long as it may",
@@ -36,7 +36,7 @@ _TIMES_OUT = {
 """By ``SecondaryStatus``."""
 _GOES_ON = "run it again and it continues from its last checkpoint"
 _CLIENT_ERROR = "ClientError"
-"""Begins a reason that is the caller's to mend: no such image, no permission for the data, no room on disk."""
+"""Begins a reason that is the caller's to mend: no such image, no permission for the data, a full disk."""
 
 
 class JobRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -143,8 +143,9 @@ def encoder_prefix(stage: str, parameters: Parameters) -> str:
         return f"{encoder.rstrip('/')}/"
     setting = "OFFER_ASSETS_STUDENT_ENCODER" if stage == "student_checkpoint" else "OFFER_ASSETS_ENCODER"
     raise InputError(
-        f"{stage} runs as a job without network, where encoder {encoder!r} cannot be had: copy its files to S3 "
-        f"and set {setting} to their prefix (s3://bucket/prefix), or set where = \"here\" in OFFER_ASSETS_AWS_JOBS"
+        f"{stage} runs as a job without network, where encoder {encoder!r} cannot be had: copy its files to "
+        f"S3 and set {setting} to their prefix (s3://bucket/prefix), or have the stage run here "
+        '(where = "here" in OFFER_ASSETS_AWS_JOBS)'
     )
 
 
@@ -159,8 +160,8 @@ def failure_of(job: Mapping[str, Any], metadata: Mapping[str, Any]) -> InputErro
     if job["SecondaryStatus"] in _TIMES_OUT:
         hours = job["StoppingCondition"]["MaxRuntimeInSeconds"] / 3600
         return dg.Failure(
-            f"training job {name} {_TIMES_OUT[job['SecondaryStatus']]} (max_hours is {hours:g}); {_GOES_ON}, or "
-            "raise max_hours in OFFER_ASSETS_AWS_JOBS",
+            f"training job {name} {_TIMES_OUT[job['SecondaryStatus']]} (max_hours is {hours:g}); {_GOES_ON}, "
+            "or raise max_hours in OFFER_ASSETS_AWS_JOBS",
             metadata=metadata,
         )
     if job["TrainingJobStatus"] == "Stopped":
