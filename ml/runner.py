@@ -55,6 +55,8 @@ class StageContext:
         """Empty folder; what lies here when the function returns becomes the artifact."""
         self.checkpoints = checkpoints
         """Folder whose content survives a kill, and is of no use once the artifact is published."""
+        self.scratch = output.parent / "scratch"
+        """Place for a folder of what a kill may take (tables that do not fit into memory)."""
         self.progress = progress
 
     def input(self, name: str) -> Path:

@@ -210,8 +210,7 @@ def _run_program(context: AnyContext, program: str, spec: StageSpec) -> None:
     workspace.parent.mkdir(parents=True, exist_ok=True)
     spec_file = workspace.with_name(workspace.name + ".spec.json")
     log_file = workspace.with_name(workspace.name + ".log")
-    # Dagster warns here of a preview property that is its own.
-    warnings.filterwarnings("ignore", message=".*expected_writer_count", category=dg.PreviewWarning)
+    ignore_preview_of_pipes()
     write_atomically(spec_file, msgspec.json.format(msgspec.json.encode(spec)))
     context.log.info(f"by hand: python -m {program} {spec.stage} --spec {spec_file} (log: {log_file})")
     with tempfile.TemporaryDirectory(prefix="offer-assets-") as scratch:
@@ -233,6 +232,11 @@ def _run_program(context: AnyContext, program: str, spec: StageSpec) -> None:
         f"Log: {log_file}",
         metadata={"log": dg.MetadataValue.path(log_file), "last lines": "\n".join(last_lines)},
     )
+
+
+def ignore_preview_of_pipes() -> None:
+    """Dagster warns, where a session opens, of a preview property that is its own."""
+    warnings.filterwarnings("ignore", message=".*expected_writer_count", category=dg.PreviewWarning)
 
 
 def _run_logged(command: list[str], environment: Mapping[str, str], log_file: Path) -> tuple[int, deque[str]]:

@@ -71,16 +71,22 @@ class JobLogReader(dg.PipesMessageReader):
         from botocore.exceptions import ClientError
 
         logs = self._aws.client("logs")
+        names: list[str] = []
+        following: dict[str, str] = {}
         with aws_errors(f"listing the log streams of training job {self._job}"):
-            try:
-                answer = logs.describe_log_streams(
-                    logGroupName=LOG_GROUP, logStreamNamePrefix=f"{self._job}/"
-                )
-            except ClientError as error:
-                if error_code(error) == "ResourceNotFoundException":
-                    return []  # before the first job of the account has written its first line
-                raise
-        return sorted(stream["logStreamName"] for stream in answer["logStreams"])
+            while True:
+                try:
+                    answer = logs.describe_log_streams(
+                        logGroupName=LOG_GROUP, logStreamNamePrefix=f"{self._job}/", **following
+                    )
+                except ClientError as error:
+                    if error_code(error) == "ResourceNotFoundException":
+                        return []  # before the first job of the account has written its first line
+                    raise
+                names += [stream["logStreamName"] for stream in answer["logStreams"]]
+                if "nextToken" not in answer:
+                    return sorted(names)
+                following = {"nextToken": answer["nextToken"]}
 
     def _read_stream(self, stream: str) -> None:
         logs = self._aws.client("logs")
@@ -92,9 +98,8 @@ class JobLogReader(dg.PipesMessageReader):
                 )
             for event in answer["events"]:
                 self._take(event["message"])
-            is_end = answer["nextForwardToken"] == self._read_up_to.get(stream)
-            self._read_up_to[stream] = answer["nextForwardToken"]
-            if is_end or not answer["events"]:
+            before, self._read_up_to[stream] = self._read_up_to.get(stream), answer["nextForwardToken"]
+            if self._read_up_to[stream] == before:  # a page may be empty and not the last
                 return
 
     def _take(self, line: str) -> None:

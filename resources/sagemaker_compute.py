@@ -8,7 +8,6 @@ of the same artifact continues.
 
 import random
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +21,7 @@ from ml.errors import InputError
 from ml.stages import Stage
 from ml.training_job import ARTIFACTS_CHANNEL, PIPES_CONTEXT_FILE, SPEC_FILE, STAGE_CHANNEL, JobSpec
 from resources.aws import AwsAccess, aws_errors, error_code
-from resources.compute import AnyContext, LocalCompute, StageWork
+from resources.compute import AnyContext, LocalCompute, StageWork, ignore_preview_of_pipes
 from resources.job_logs import JobLogReader
 from resources.job_plan import JobMachines, machines_for, read_plan
 from resources.s3_artifact_store import S3ArtifactStore
@@ -162,8 +161,7 @@ class SageMakerCompute(LocalCompute):
     @contextmanager
     def _session(self, context: AnyContext, name: str, reader: JobLogReader) -> Iterator[Any]:
         """Hear what a job says, and stop it if the run is interrupted; yields what it is told of the run."""
-        # Dagster warns here of a preview property that is its own.
-        warnings.filterwarnings("ignore", message=".*expected_writer_count", category=dg.PreviewWarning)
+        ignore_preview_of_pipes()
         with dg.open_pipes_session(
             context=context.op_execution_context,
             context_injector=dg.PipesEnvContextInjector(),

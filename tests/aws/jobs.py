@@ -14,6 +14,7 @@ from tests.aws.stand_in import StandIn
 from tests.aws.stand_in_jobs import JobRunner
 
 LOCATION = f"s3://{BUCKET}/offer-assets"
+PROGRAM = "tests.resources.stand_in"
 IMAGE = "123456789012.dkr.ecr.eu-central-1.amazonaws.com/offer-assets-training:1"
 
 
@@ -22,23 +23,19 @@ def sagemaker_compute(
     stand_in: StandIn, folder: Path, **settings: Any
 ) -> Iterator[tuple[SageMakerCompute, JobRunner]]:
     """Compute whose jobs run here, in containers that know the stages of ``tests.resources.stand_in``."""
-    runner = JobRunner(stand_in, folder / "instances", program="tests.resources.stand_in").install()
-    aws = settings.pop("aws", access())
+    program = settings.get("program", PROGRAM)
+    runner = JobRunner(stand_in, folder / "instances", program=program).install()
     try:
-        yield (
-            SageMakerCompute(
-                aws=aws,
-                store=S3ArtifactStore(aws=aws, location=LOCATION, feed="feed", home=str(folder / "home")),
-                **{
-                    "program": "tests.resources.stand_in",
-                    "training_image": IMAGE,
-                    "name": "offer-assets",
-                    "poll_seconds": 0.05,
-                    "log_seconds": 1.0,
-                    **settings,
-                },
-            ),
-            runner,
-        )
+        yield compute_of(folder, **settings), runner
     finally:
         runner.close()
+
+
+def compute_of(folder: Path, *, location: str = LOCATION, **settings: Any) -> SageMakerCompute:
+    """As of one orchestrator, with its own local folder and short pauses."""
+    aws = access()
+    store = S3ArtifactStore(aws=aws, location=location, feed="feed", home=str(folder / "home"))
+    quick = {"program": PROGRAM, "poll_seconds": 0.05, "log_seconds": 1.0}
+    return SageMakerCompute(
+        aws=aws, store=store, training_image=IMAGE, name="offer-assets", **(quick | settings)
+    )
