@@ -10,6 +10,7 @@ import base64
 import datetime
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -71,28 +72,39 @@ class S3Objects:
 
     def read_stamped(self, name: str) -> StampedObject | None:
         """Content of a small object with its times and version; None where there is none."""
-        from botocore.exceptions import ClientError, HTTPClientError, IncompleteReadError
+        from botocore.exceptions import IncompleteReadError, ReadTimeoutError, ResponseStreamingError
 
-        s3 = self._aws.client("s3")
         with aws_errors(f"reading {self.uri(name)}"):
             for reads_left in reversed(range(_READS)):
+                answer = self._opened(name)
+                if answer is None:
+                    return None
                 try:
-                    answer = s3.get_object(Bucket=self._bucket, Key=self._key(name))
-                    return StampedObject(
-                        content=answer["Body"].read(),
-                        etag=answer["ETag"],
-                        written=answer["LastModified"],
-                        now=_time_of(answer),
-                    )
-                except ClientError as error:
-                    if error_code(error) in _MISSING:
-                        return None
-                    raise
-                except (HTTPClientError, IncompleteReadError):
+                    content = answer["Body"].read()
+                except (IncompleteReadError, ReadTimeoutError, ResponseStreamingError):
                     # botocore repeats a request, but not one whose answer broke off half-way.
                     if not reads_left:
                         raise
+                    continue
+                return StampedObject(
+                    content=content,
+                    etag=answer["ETag"],
+                    written=answer["LastModified"],
+                    now=parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]),
+                )
         raise AssertionError("the loop returns or raises")
+
+    def _opened(self, name: str) -> dict[str, Any] | None:
+        from botocore.exceptions import ClientError
+
+        s3 = self._aws.client("s3")
+        try:
+            answer: dict[str, Any] = s3.get_object(Bucket=self._bucket, Key=self._key(name))
+        except ClientError as error:
+            if error_code(error) not in _MISSING:
+                raise
+            return None
+        return answer
 
     def write(self, name: str, content: bytes, *, new: bool = False, instead_of: str = "") -> str:
         """Write a small object in one step.
@@ -295,12 +307,6 @@ def _in_parallel(function: Callable[[Item], Result], items: Sequence[Item]) -> l
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-
-
-def _time_of(answer: Mapping[str, Any]) -> datetime.datetime:
-    from email.utils import parsedate_to_datetime
-
-    return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
 
 
 def _in_hex(checksum: str) -> str:

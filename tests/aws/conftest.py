@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import httpx
 import pytest
+from botocore.loaders import create_loader
 
 from resources.aws import AwsAccess, forget_clients
 from tests.aws.stand_in import ACCOUNT, REGION, StandIn, environment, running
 
 BUCKET = "offer-assets-tests"
+
+
+_loader = cache(create_loader)
+"""Service models are read once, and not again for each test's clients."""
 
 
 @pytest.fixture
@@ -20,6 +26,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
         httpx.post(f"{server.url}/moto-api/reset").raise_for_status()
         for name, value in environment(server.url).items():
             monkeypatch.setenv(name, value)
+        monkeypatch.setattr("botocore.session.create_loader", _loader)
         forget_clients()
         access().client("s3").create_bucket(
             Bucket=BUCKET, CreateBucketConfiguration={"LocationConstraint": REGION}
@@ -27,6 +34,12 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
         server.calls.clear()
         yield server
         forget_clients()
+
+
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Repeat what failed at once: the pauses between botocore's attempts grow to 20 s."""
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.0)
 
 
 def access(**settings: object) -> AwsAccess:

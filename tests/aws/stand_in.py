@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import botocore.session
@@ -27,6 +28,8 @@ REGION = "eu-central-1"
 ACCOUNT = "123456789012"
 SERVICE_CREDENTIALS = {"aws_access_key_id": "the-service-itself", "aws_secret_access_key": "testing"}
 """With these a handler does what AWS does on its own side: no call of ours, and not subject to faults."""
+
+_SECONDS_TO_STOP = 0.02
 
 Handler = Callable[[dict[str, Any]], Mapping[str, Any] | None]
 """An operation of SageMaker: its validated input to its output."""
@@ -70,11 +73,7 @@ class StandIn:
 
     def __post_init__(self) -> None:
         self._moto = DomainDispatcherApplication(create_backend_app)
-        self._model = ServiceModel(
-            botocore.session.get_session()
-            .get_component("data_loader")
-            .load_service_model("sagemaker", "service-2")
-        )
+        self._model = _sagemaker()
         self._lock = threading.Lock()
         self._conditional_writes = threading.Lock()
 
@@ -82,6 +81,11 @@ class StandIn:
         """Answer the next calls of ``operation`` with an error."""
         with self._lock:
             self.faults.append(Fault(operation, times, **fault))
+
+    def by_moto(self, request: Request) -> Response:
+        """What moto answers, for a handler that wants to change it."""
+        environ = request.environ | {"wsgi.input": _Rewound(request.get_data())}
+        return Response.from_app(self._moto, environ, buffered=True)
 
     def calls_by_service(self) -> dict[str, set[str]]:
         """Operations that were called, by service."""
@@ -150,12 +154,18 @@ class StandIn:
         return None
 
 
+@cache
+def _sagemaker() -> ServiceModel:
+    loader = botocore.session.get_session().get_component("data_loader")
+    return ServiceModel(loader.load_service_model("sagemaker", "service-2"))
+
+
 @contextmanager
 def running(stand_in: StandIn) -> Iterator[StandIn]:
     """Serve on a free port of the loopback interface until the block ends."""
     server = make_server("127.0.0.1", 0, stand_in, threaded=True, request_handler=_Quiet)
     stand_in.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(_SECONDS_TO_STOP,), daemon=True)
     thread.start()
     try:
         yield stand_in

@@ -13,6 +13,8 @@ from resources.artifact_store import ArtifactStore, FolderArtifactStore
 from resources.s3_artifact_store import S3ArtifactStore
 from tests.aws.conftest import BUCKET, access
 
+Publish = Callable[..., ArtifactRef]
+
 KIND, KEY = "offers", "0123456789abcdef" * 2
 
 
@@ -135,6 +137,3 @@ def make_folder(folder: Path, kind: str, key: str, files: dict[str, str | bytes]
         seconds=0.1,
     )
     return folder
-
-
-Publish = Callable[..., ArtifactRef]
