@@ -6,7 +6,6 @@ they need.
 """
 
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ import ml
 from ml.artifacts import ArtifactRef, Manifest
 from ml.errors import InputError
 from ml.progress import Progress
+from ml.ranks import how_it_ended
 from ml.runner import StageSpec, key_of, run_stage
 from ml.stages import Parameters, Stage, stage_named
 from resources.artifact_store import ArtifactStore
@@ -228,7 +228,7 @@ def _run_program(context: AnyContext, program: str, spec: StageSpec) -> None:
         if error_file.exists():
             raise InputError(error_file.read_text(encoding="utf-8"))
     raise dg.Failure(
-        f"{spec.stage} {_how_it_ended(status)}; run it again and it continues from its last checkpoint. "
+        f"{spec.stage} {how_it_ended(status)}; run it again and it continues from its last checkpoint. "
         f"Log: {log_file}",
         metadata={"log": dg.MetadataValue.path(log_file), "last lines": "\n".join(last_lines)},
     )
@@ -283,12 +283,3 @@ def _tee(source: IO[bytes], log: IO[bytes], last_lines: deque[str]) -> None:
         text = line.decode(errors="replace")
         last_lines.append(text.rstrip())
         sys.stderr.write(text)
-
-
-def _how_it_ended(status: int) -> str:
-    if status >= 0:
-        return f"failed with exit status {status}"
-    try:
-        return f"was ended by {signal.Signals(-status).name}"
-    except ValueError:
-        return f"was ended by signal {-status}"

@@ -20,8 +20,6 @@ from ml.stages import STAGES, Stage
 
 _GPU = "ml.g6.xlarge"
 """One GPU that computes bf16: the smallest that trains the large encoders."""
-_SEVERAL_MACHINES = ("teacher_checkpoint", "student_checkpoint")
-"""Stages that share their work among machines; others would do all of it on each."""
 _NEEDS_NETWORK = ("catalogued_offers",)
 """Asks the endpoint, and a job's container has no network."""
 
@@ -144,12 +142,18 @@ def _changed(name: str, table: Any, plan: JobPlan) -> JobMachines:
         raise InputError(f"{place}: {where.rstrip('`')} is wrong: {problem}") from None
     if machines.where == "job" and name in _NEEDS_NETWORK:
         raise InputError(f'{place}: where = "job" cannot be: it asks the endpoint, and jobs have no network')
-    if machines.instance_count > 1 and name not in _SEVERAL_MACHINES:
+    if machines.instance_count > 1 and not _shares_work(STAGES[name]):
+        others = ", ".join(other.name for other in STAGES.values() if _shares_work(other))
         raise InputError(
-            f"{place}: instance_count = {machines.instance_count}, but only "
-            f"{' and '.join(_SEVERAL_MACHINES)} share their work among machines; take a larger instance_type"
+            f"{place}: instance_count = {machines.instance_count}, but only {others} share their work among "
+            "machines; take a larger instance_type"
         )
     return machines
+
+
+def _shares_work(stage: Stage) -> bool:
+    """Whether several processes can; others would do all of it on each machine."""
+    return "devices" in stage.parameters.__struct_fields__
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -120,11 +120,12 @@ class SageMakerCompute(LocalCompute):
         """Take over what an earlier job made, whose watcher did not live to see it."""
         if job["TrainingJobStatus"] != "Completed":
             return False
-        try:
-            self.store.adopt_from(_output_of(job), stage.name, key)
-        except InputError as error:
-            context.log.warning(f"the output of training job {job['TrainingJobName']} is gone: {error}")
+        if S3Objects(self.aws, _output_of(job)).read(MANIFEST) is None:
+            context.log.warning(
+                f"{_output_of(job)} of training job {job['TrainingJobName']} is gone: another is due"
+            )
             return False
+        self.store.adopt_from(_output_of(job), stage.name, key)
         context.log.info(f"{stage.name} was made by training job {job['TrainingJobName']} meanwhile")
         return True
 

@@ -264,6 +264,13 @@ class Settings(AwsSettings):
         validation_alias="OFFER_ASSETS_STUDENT_EPOCHS",
         description="Student's passes over labelled and unlabelled offers.",
     )
+    devices: int = Field(
+        default=_default(TeacherParameters, "devices"),
+        ge=0,
+        validation_alias="OFFER_ASSETS_DEVICES",
+        description="Processes on each machine that share the teacher's and the student's work, one per GPU. "
+        "0: as many as it has GPUs; without a GPU, one.",
+    )
     warm_start: bool = Field(
         default=True,
         validation_alias="OFFER_ASSETS_WARM_START",

@@ -69,7 +69,10 @@ def test_the_example_can_be_read_and_shows_every_key():
         ("[stages.teacher_labels]\ninstance = 1", "which is unknown; did you mean instance_"),
         ('[stages.teacher_labels]\ninstance_type = "g6.xlarge"', "instance_type is wrong: Expected `str`"),
         ("[stages.teacher_labels]\nmax_hours = 0", "max_hours is wrong"),
-        ("[stages.teacher_labels]\ninstance_count = 2", "only teacher_checkpoint and student_checkpoint"),
+        (
+            "[stages.fast_checkpoint]\ninstance_count = 2",
+            "but only teacher_checkpoint, teacher_labels, student_",
+        ),
         ('[stages.catalogued_offers]\nwhere = "job"', "it asks the endpoint, and jobs have no network"),
         ('[stages.teacher_labels]\nwhere = "there"', "where is wrong"),
         ("[stages", "is not TOML"),
