@@ -1,10 +1,11 @@
-"""Command line of ``ml``: every stage by hand, bulk classification, the server, the demo feed."""
+"""Command line of ``ml``: every stage by hand, bulk classification, server and jobs, the demo feed."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+import tempfile
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +14,10 @@ from typing import Any
 import msgspec
 
 from ml.artifacts import ArtifactRef
-from ml.errors import InputError
+from ml.errors import EXIT_INPUT_ERROR, InputError
 from ml.progress import Listener, Progress
-from ml.runner import StageSpec, run_stage
+from ml.runner import StageSpec, run_rank, run_stage
 from ml.stages import STAGES, Stage
-
-EXIT_INPUT_ERROR = 2
 
 # Threads that wait for each other must sleep, not spin: on a machine that is busy with something else, two
 # spinning torch threads fell from 70 to 6 offers/s. OpenMP reads this when torch loads it.
@@ -55,6 +54,8 @@ def _parser() -> argparse.ArgumentParser:
         "ml.serving.router",
         "One port for several compiled models, by weight.",
     )
+    _add_program(commands, "train", "ml.training_job", "Run the stage that lies in /opt/ml, in a container.")
+    _add_rank(commands)
     _add_program(commands, "demo-feed", "ml.demo.feed", "Write days of the demo feed, and its taxonomies.")
     return parser
 
@@ -70,6 +71,15 @@ def _add_program(commands: Any, name: str, module: str, summary: str) -> None:
     command = commands.add_parser(name, help=summary, add_help=False, prefix_chars="\0")
     command.add_argument("arguments", nargs=argparse.REMAINDER)
     command.set_defaults(command=run)
+
+
+def _add_rank(commands: Any) -> None:
+    """What a stage starts beside itself where several GPUs share its work; not for use by hand."""
+    command = commands.add_parser("rank", help="Share the work of a stage; started by the stage itself.")
+    command.add_argument("--spec", type=Path, required=True, help="JSON file with the stage's spec")
+    command.add_argument("--checkpoints", type=Path, required=True, help="folder of the stage's checkpoints")
+    command.add_argument("--error-file", type=Path, required=True, help="where to write what was wrong")
+    command.set_defaults(command=_run_rank)
 
 
 def _add_stage(commands: Any, stage: Stage) -> None:
@@ -115,10 +125,16 @@ def _run_stage(stage: Stage, options: argparse.Namespace) -> None:
         _run_under_pipes(spec)
     else:
         artifact = run_stage(spec)
-        print(artifact.uri)
+        if artifact is not None:
+            print(artifact.uri)
 
 
-def _run_under_pipes(spec: StageSpec) -> ArtifactRef:
+def _run_rank(options: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory(dir=options.spec.parent) as scratch:
+        run_rank(_read_spec(options.spec), options.checkpoints, Path(scratch))
+
+
+def _run_under_pipes(spec: StageSpec) -> ArtifactRef | None:
     """Progress goes to the orchestrator that started this process, by its own protocol."""
     from dagster_pipes import open_dagster_pipes
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+EXIT_INPUT_ERROR = 2
+"""Exit status of a program that was given something wrong, as of one that was called wrongly."""
+
 
 class InputError(Exception):
     """What was given is wrong: a file, a row, a setting, an artifact.

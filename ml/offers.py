@@ -257,7 +257,7 @@ def write_offers(context: StageContext, parameters: OffersParameters) -> dict[st
     change = context.optional_input("taxonomy_change")
     retired = [t.from_id for t in Transitions.read(change).transitions] if change else []
     clean, quarantine = context.output / CLEAN_FILE, context.output / QUARANTINE_FILE
-    settings = {"memory_limit": _MEMORY_LIMIT, "temp_directory": str(context.checkpoints / "duckdb")}
+    settings = {"memory_limit": _MEMORY_LIMIT, "temp_directory": str(context.scratch)}
     with duckdb.connect(config=settings) as connection:
         connection.execute("SET TimeZone = 'UTC'")
         # A join keeps the order of its left side as long as the planner does not swap the two.

@@ -39,6 +39,17 @@ class Progress:
             bar.close()
 
 
+class Silence(Progress):
+    """Tells nobody: another process that does the same work speaks for it."""
+
+    def __init__(self, stage: str) -> None:
+        super().__init__(stage)
+        self._is_terminal = False
+
+    def say(self, message: str) -> None:
+        """Nothing."""
+
+
 class Bar:
     """One counter of a :class:`Progress`."""
 

@@ -21,8 +21,10 @@ import msgspec
 
 from ml.artifacts import ArtifactRef, artifact_key, read_manifest, reference, verify, write_manifest
 from ml.errors import InputError
-from ml.progress import Progress
+from ml.progress import Progress, Silence
+from ml.ranks import end_with_leader, leading
 from ml.stages import Parameters, Stage, stage_named
+from ml.world import World, world_from_environment
 
 
 class StageSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -36,20 +38,36 @@ class StageSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Folder that will hold the artifact."""
     workspace: str
     """Folder for work in progress, on the same file system as ``output``."""
+    checkpoints: str = ""
+    """Folder whose content outlives the workspace, perhaps on another file system: whoever names it keeps it
+    when the artifact is published. Empty: in the workspace."""
+    at_hand: dict[str, str] = {}
+    """What to read in place of a parameter's value, by parameter: a local copy of what it names. Key and
+    manifest speak of the value itself."""
 
 
 class StageContext:
     """What a stage function gets to work with."""
 
     def __init__(
-        self, inputs: Mapping[str, Path], output: Path, checkpoints: Path, progress: Progress
+        self,
+        inputs: Mapping[str, Path],
+        output: Path,
+        checkpoints: Path,
+        progress: Progress,
+        *,
+        is_first: bool = True,
     ) -> None:
         self._inputs = dict(inputs)
         self.output = output
         """Empty folder; what lies here when the function returns becomes the artifact."""
         self.checkpoints = checkpoints
-        """Folder whose content survives a kill, and is gone once the artifact is published."""
+        """Folder whose content survives a kill, and is of no use once the artifact is published."""
+        self.scratch = output.parent / "scratch"
+        """Place for a folder of what a kill may take (tables that do not fit into memory)."""
         self.progress = progress
+        self.is_first = is_first
+        """Whether this process writes output and checkpoints; others that share the work need not."""
 
     def input(self, name: str) -> Path:
         """Folder of the input artifact ``name``."""
@@ -86,11 +104,15 @@ def key_of(stage: Stage, parameters: Parameters, input_digests: Mapping[str, str
     return artifact_key(stage.name, stage.version, _relevant(stage, parameters), input_digests)
 
 
-def run_stage(spec: StageSpec, progress: Progress | None = None) -> ArtifactRef:
+def run_stage(spec: StageSpec, progress: Progress | None = None) -> ArtifactRef | None:
     """Make the artifact that ``spec`` describes, or find it made.
+
+    Returns:
+        The artifact; None on a machine that shares the work and is not the first, where nothing is published.
 
     Raises:
         InputError: inputs, parameters or the place of the output are wrong.
+        RankEnded: one of the processes that share the work is gone.
     """
     stage = stage_named(spec.stage)
     parameters = parameters_of(stage, spec.parameters)
@@ -99,6 +121,7 @@ def run_stage(spec: StageSpec, progress: Progress | None = None) -> ArtifactRef:
     digests = {name: read_manifest(folder).digest for name, folder in inputs.items()}
     key = key_of(stage, parameters, digests)
     output, workspace = Path(spec.output), Path(spec.workspace)
+    kept = Path(spec.checkpoints) if spec.checkpoints else workspace
     progress = progress or Progress(stage.name)
 
     with _only_process_in(workspace, progress):
@@ -109,13 +132,26 @@ def run_stage(spec: StageSpec, progress: Progress | None = None) -> ArtifactRef:
             return reference(output)
         for name, folder in inputs.items():
             verify(folder, digest=digests[name])
-        _forget_other_work(workspace, key)
-        unfinished, checkpoints = workspace / "output", workspace / "checkpoints"
+        _forget_other_work(kept, key)
+        unfinished, checkpoints = workspace / "output", kept / "checkpoints"
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         checkpoints.mkdir(exist_ok=True)
         started_at = time.monotonic()
-        metrics = stage.function()(StageContext(inputs, unfinished, checkpoints, progress), parameters)
+        with _processes(spec, parameters, checkpoints, progress) as world:
+            metrics = stage.function()(
+                StageContext(
+                    inputs,
+                    unfinished,
+                    checkpoints,
+                    progress if world.is_first else Silence(stage.name),
+                    is_first=world.is_first,
+                ),
+                msgspec.structs.replace(parameters, **spec.at_hand),
+            )
+        if not world.is_first:
+            shutil.rmtree(workspace, ignore_errors=True)
+            return None
         write_manifest(
             unfinished,
             kind=stage.name,
@@ -131,6 +167,45 @@ def run_stage(spec: StageSpec, progress: Progress | None = None) -> ArtifactRef:
         unfinished.rename(output)
         shutil.rmtree(workspace, ignore_errors=True)
     return reference(output)
+
+
+def run_rank(spec: StageSpec, checkpoints: Path, scratch: Path) -> None:
+    """Share the work of a stage that another process of this machine runs, and end with it.
+
+    Args:
+        spec: What that process runs; it has checked the inputs.
+        checkpoints: Its folder of them.
+        scratch: Empty folder for what this process need not have written.
+
+    Raises:
+        InputError: inputs or parameters are wrong.
+    """
+    from ml.learning import distributed
+
+    end_with_leader()
+    stage = stage_named(spec.stage)
+    world = world_from_environment()
+    distributed.join(world)
+    inputs = {name: Path(folder) for name, folder in spec.inputs.items()}
+    context = StageContext(inputs, scratch, checkpoints, Silence(stage.name), is_first=world.is_first)
+    parameters = parameters_of(stage, spec.parameters)
+    stage.function()(context, msgspec.structs.replace(parameters, **spec.at_hand))
+    distributed.leave()
+
+
+@contextmanager
+def _processes(
+    spec: StageSpec, parameters: Parameters, checkpoints: Path, progress: Progress
+) -> Iterator[World]:
+    """The processes that share the work of the stage, seen from this one; mostly it is alone."""
+    devices: int | None = getattr(parameters, "devices", None)
+    if devices is None:
+        yield World()
+        return
+    given = msgspec.structs.replace(spec, parameters=msgspec.to_builtins(parameters))
+    folder = Path(spec.workspace) / "ranks"
+    with leading(msgspec.json.encode(given), checkpoints, folder, devices, progress) as world:
+        yield world
 
 
 def code_revision() -> str | None:
@@ -165,11 +240,12 @@ def _only_process_in(workspace: Path, progress: Progress) -> Iterator[None]:
         yield
 
 
-def _forget_other_work(workspace: Path, key: str) -> None:
+def _forget_other_work(kept: Path, key: str) -> None:
     """Checkpoints are of use only to a run with the same inputs and parameters."""
-    mark = workspace / "key"
+    kept.mkdir(parents=True, exist_ok=True)
+    mark = kept / "key"
     if not mark.exists() or mark.read_text(encoding="utf-8") != key:
-        shutil.rmtree(workspace / "checkpoints", ignore_errors=True)
+        shutil.rmtree(kept / "checkpoints", ignore_errors=True)
         mark.write_text(key, encoding="utf-8")
 
 

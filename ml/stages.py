@@ -23,6 +23,15 @@ OPERATIONAL = {"operational": True}
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 Count = Annotated[int, Meta(ge=1)]
 Seed = Annotated[int, Meta(ge=0, description="Seed of every random choice of this stage.")]
+Devices = Annotated[
+    int,
+    Meta(
+        ge=0,
+        description="Processes on each machine that share the work, one per GPU; 0: as many as it has GPUs.",
+        extra=OPERATIONAL,
+    ),
+]
+"""Of parameter ``devices``. Of a stage that has it, any number of processes can share the work."""
 
 
 class Parameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -193,6 +202,7 @@ class TeacherParameters(EncoderChoice, frozen=True, kw_only=True):
     checkpoint_seconds: Annotated[
         float, Meta(gt=0, description="Time between two checkpoints.", extra=OPERATIONAL)
     ] = 20.0
+    devices: Devices = 0
     seed: Seed = 17
 
 
@@ -204,6 +214,7 @@ class TeacherLabelsParameters(Parameters, frozen=True, kw_only=True):
     shard_offers: Annotated[Count, Meta(description="Offers per shard; finished shards survive a kill.")] = (
         2_000
     )
+    devices: Devices = 0
 
 
 class StudentParameters(Parameters, frozen=True, kw_only=True):
@@ -233,6 +244,7 @@ class StudentParameters(Parameters, frozen=True, kw_only=True):
     checkpoint_seconds: Annotated[
         float, Meta(gt=0, description="Time between two checkpoints.", extra=OPERATIONAL)
     ] = 20.0
+    devices: Devices = 0
     seed: Seed = 17
 
 

@@ -173,6 +173,14 @@ def _split(settings: Settings, options: argparse.Namespace) -> int:
     return 0 if split(settings, **_given(options)) else 1
 
 
+def _jobs(settings: Settings, _options: argparse.Namespace) -> int:
+    """Show which heavy stages run as jobs in AWS, on what and at what cost at most; starts nothing."""
+    from resources.job_plan import plan_table, read_plan
+
+    print(plan_table(read_plan(settings.aws_jobs)))
+    return 0
+
+
 def _given(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(options).items() if name != "command"}
 
@@ -255,6 +263,7 @@ _COMMANDS = {
     "endpoint": _endpoint,
     "shadow": _shadow,
     "split": _split,
+    "jobs": _jobs,
 }
 
 _OPTIONS = {

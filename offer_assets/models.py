@@ -8,7 +8,7 @@ import msgspec
 from pydantic import Field
 
 from ml.artifacts import ArtifactRef
-from ml.stages import STAGES, FastModelParameters, TeacherLabelsParameters
+from ml.stages import STAGES, FastModelParameters
 from offer_assets import policies
 from offer_assets.metadata import materialization, picture, row_count
 from offer_assets.plan import TrainingPlan
@@ -72,13 +72,14 @@ def teacher_labels(
     teacher_checkpoint: ArtifactRef,
     training_sample: ArtifactRef,
     compute: Compute,
+    plan: TrainingPlan,
 ) -> dg.MaterializeResult:
     """The teacher's judgement of labelled and unlabelled offers: top-k logits and the mass of the rest."""
     result = compute.run(
         context,
         "teacher_labels",
         {"teacher_checkpoint": teacher_checkpoint, "training_sample": training_sample},
-        TeacherLabelsParameters(),
+        plan.teacher_labels(),
     )
     metrics = result.manifest.metrics
     return materialization(result, metadata=row_count(metrics["labelled"] + metrics["unlabelled"]))

@@ -12,6 +12,7 @@ from ml.stages import (
     EvaluationSetParameters,
     MigratedLabelsParameters,
     StudentParameters,
+    TeacherLabelsParameters,
     TeacherParameters,
     TrainingSampleParameters,
 )
@@ -33,6 +34,7 @@ class TrainingPlan(dg.ConfigurableResource):
     student_encoder: str = Field(description="'teacher' (layers of it) or an encoder as for the teacher.")
     student_layers: int = Field(description="Encoder layers of the student.")
     student_epochs: int = Field(description="Passes of the student over the teacher's labels.")
+    devices: int = Field(description="Processes on each machine that share the work; 0: one per GPU.")
     warm_start: bool = Field(description="Whether a training that may start warm does.")
     warm_teacher_epochs: int = Field(description="Passes of a teacher that starts warm.")
     warm_student_epochs: int = Field(description="Passes of a student that starts warm.")
@@ -68,7 +70,12 @@ class TrainingPlan(dg.ConfigurableResource):
             instruction=self.instruction,
             max_tokens=self.max_tokens,
             epochs=self.warm_teacher_epochs if warm else self.teacher_epochs,
+            devices=self.devices,
         )
+
+    def teacher_labels(self) -> TeacherLabelsParameters:
+        """Parameters of ``teacher_labels``."""
+        return TeacherLabelsParameters(devices=self.devices)
 
     def student(self, *, warm: bool = False) -> StudentParameters:
         """Parameters of ``student_checkpoint``, for a training that starts warm or afresh."""
@@ -78,6 +85,7 @@ class TrainingPlan(dg.ConfigurableResource):
             layers=self.student_layers,
             max_tokens=self.max_tokens,
             epochs=self.warm_student_epochs if warm else self.student_epochs,
+            devices=self.devices,
         )
 
 

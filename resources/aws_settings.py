@@ -6,6 +6,7 @@ They may stand in the same file as the others; with ``OFFER_ASSETS_ENV=local`` t
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
@@ -38,6 +39,10 @@ def _instance_type(value: str) -> str:
     if not _INSTANCE.match(value):
         raise ValueError("must be an instance type such as ml.c7i.xlarge")
     return value
+
+
+def _absolute(value: str) -> str:
+    return str(Path(value).expanduser().absolute()) if value else ""
 
 
 def _ids(value: str, prefix: str) -> str:
@@ -100,6 +105,12 @@ class AwsSettings(BaseSettings):
         validation_alias="OFFER_ASSETS_AWS_NEURON_IMAGE",
         description="URI of the image that compiles and serves for neuron (deploy/images/neuron.Dockerfile). "
         "Empty: that target cannot be made.",
+    )
+    aws_jobs: Annotated[str, AfterValidator(_absolute)] = Field(
+        default="",
+        validation_alias="OFFER_ASSETS_AWS_JOBS",
+        description="TOML file that says on which instances the heavy stages run and for how long at most "
+        "(jobs.example.toml shows all). Empty: by default.",
     )
     aws_subnets: Annotated[str, AfterValidator(_subnets)] = Field(
         default="",

@@ -6,7 +6,6 @@ they need.
 """
 
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ import ml
 from ml.artifacts import ArtifactRef, Manifest
 from ml.errors import InputError
 from ml.progress import Progress
+from ml.ranks import how_it_ended
 from ml.runner import StageSpec, key_of, run_stage
 from ml.stages import Parameters, Stage, stage_named
 from resources.artifact_store import ArtifactStore
@@ -210,8 +210,7 @@ def _run_program(context: AnyContext, program: str, spec: StageSpec) -> None:
     workspace.parent.mkdir(parents=True, exist_ok=True)
     spec_file = workspace.with_name(workspace.name + ".spec.json")
     log_file = workspace.with_name(workspace.name + ".log")
-    # Dagster warns here of a preview property that is its own.
-    warnings.filterwarnings("ignore", message=".*expected_writer_count", category=dg.PreviewWarning)
+    ignore_preview_of_pipes()
     write_atomically(spec_file, msgspec.json.format(msgspec.json.encode(spec)))
     context.log.info(f"by hand: python -m {program} {spec.stage} --spec {spec_file} (log: {log_file})")
     with tempfile.TemporaryDirectory(prefix="offer-assets-") as scratch:
@@ -229,10 +228,15 @@ def _run_program(context: AnyContext, program: str, spec: StageSpec) -> None:
         if error_file.exists():
             raise InputError(error_file.read_text(encoding="utf-8"))
     raise dg.Failure(
-        f"{spec.stage} {_how_it_ended(status)}; run it again and it continues from its last checkpoint. "
+        f"{spec.stage} {how_it_ended(status)}; run it again and it continues from its last checkpoint. "
         f"Log: {log_file}",
         metadata={"log": dg.MetadataValue.path(log_file), "last lines": "\n".join(last_lines)},
     )
+
+
+def ignore_preview_of_pipes() -> None:
+    """Dagster warns, where a session opens, of a preview property that is its own."""
+    warnings.filterwarnings("ignore", message=".*expected_writer_count", category=dg.PreviewWarning)
 
 
 def _run_logged(command: list[str], environment: Mapping[str, str], log_file: Path) -> tuple[int, deque[str]]:
@@ -279,12 +283,3 @@ def _tee(source: IO[bytes], log: IO[bytes], last_lines: deque[str]) -> None:
         text = line.decode(errors="replace")
         last_lines.append(text.rstrip())
         sys.stderr.write(text)
-
-
-def _how_it_ended(status: int) -> str:
-    if status >= 0:
-        return f"failed with exit status {status}"
-    try:
-        return f"was ended by {signal.Signals(-status).name}"
-    except ValueError:
-        return f"was ended by signal {-status}"

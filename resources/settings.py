@@ -264,6 +264,13 @@ class Settings(AwsSettings):
         validation_alias="OFFER_ASSETS_STUDENT_EPOCHS",
         description="Student's passes over labelled and unlabelled offers.",
     )
+    devices: int = Field(
+        default=_default(TeacherParameters, "devices"),
+        ge=0,
+        validation_alias="OFFER_ASSETS_DEVICES",
+        description="Processes on each machine that share the teacher's and the student's work, one per GPU. "
+        "0: as many as it has GPUs; without a GPU, one.",
+    )
     warm_start: bool = Field(
         default=True,
         validation_alias="OFFER_ASSETS_WARM_START",
@@ -391,7 +398,7 @@ class Settings(AwsSettings):
 
     @classmethod
     def from_environment(cls) -> Self:
-        """Read and check all settings, and the routes of alerts that they name.
+        """Read and check all settings, and the files with alert routes and jobs that they name.
 
         Raises:
             SettingsError: one line that names the variable, its value and what is expected.
@@ -402,6 +409,7 @@ class Settings(AwsSettings):
         except ValidationError as error:
             raise SettingsError("; ".join(_explain(cls, each) for each in error.errors())) from None
         _check_routes(settings.alert_routes)
+        _check_jobs(settings.aws_jobs)
         return settings
 
     @property
@@ -541,6 +549,16 @@ def _check_routes(file: str) -> None:
         read_routes(file, variables())
     except InputError as error:
         raise SettingsError(f"OFFER_ASSETS_ALERT_ROUTES: {error}") from None
+
+
+def _check_jobs(file: str) -> None:
+    """As for the routes: a plan that cannot be read is told now, and not when the first job is to start."""
+    from resources.job_plan import read_plan
+
+    try:
+        read_plan(file)
+    except InputError as error:
+        raise SettingsError(f"OFFER_ASSETS_AWS_JOBS: {error}") from None
 
 
 def _variables(settings: type[Settings]) -> list[str]:

@@ -39,7 +39,8 @@ from ml.evaluation.metrics import (
     scores_by_segment,
     scores_by_size,
 )
-from ml.learning.encoder import Classifier, use_available_cores
+from ml.learning.devices import use_available_cores
+from ml.learning.encoder import Classifier
 from ml.learning.fast_model import FastModel
 from ml.offers import TEXT_VERSION
 from ml.runner import StageContext

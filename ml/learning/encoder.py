@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +24,10 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ml.cores import available_cores
 from ml.errors import InputError
 from ml.learning.calibration import softmax
+from ml.learning.devices import autocast, best_device
+from ml.learning.distributed import add_up, own_share
 from ml.learning.encoder_files import encoder_folder
 from ml.learning.pretrained import load_encoder, load_tokenizer
 from ml.offers import check_text_version
@@ -322,33 +322,19 @@ class Classifier(nn.Module):
     def _map_batches(
         self, tokens: TokenizedTexts, batch_size: int, function: Any, width: int
     ) -> NDArray[np.float32]:
-        result = np.empty((len(tokens), width), dtype=np.float32)
+        """Rows of ``function``, in order. Processes that share the work of a stage all call this, alike."""
+        result = np.zeros((len(tokens), width), dtype=np.float32)
         by_length = np.argsort(-tokens.lengths, kind="stable")
         was_training = self.training
         self.eval()
         with torch.inference_mode(), autocast(self.device):
-            for start in range(0, len(tokens), batch_size):
+            for start in own_share(range(0, len(tokens), batch_size)):
                 rows = by_length[start : start + batch_size]
                 ids, mask = tokens.padded(rows, self.pad_id)
                 result[rows] = function(ids.to(self.device), mask.to(self.device)).float().cpu().numpy()
+        add_up(result, self.device)
         self.train(was_training)
         return result
-
-
-def best_device() -> torch.device:
-    """The GPU where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 arithmetic on a GPU; on a CPU full precision, which is never slow by surprise."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
-
-
-def use_available_cores() -> None:
-    """One thread for every core this process may use, unless ``OMP_NUM_THREADS`` says otherwise."""
-    if not os.environ.get("OMP_NUM_THREADS"):
-        torch.set_num_threads(available_cores())
 
 
 def _position_limit(config: Any) -> int:

@@ -59,29 +59,35 @@ class TeacherLabels(msgspec.Struct, frozen=True):
 def write_teacher_labels(context: StageContext, parameters: TeacherLabelsParameters) -> dict[str, Any]:
     """Label shard by shard; a finished shard survives a kill. Returns sanity figures.
 
+    Of several processes that share the work, only the first writes.
+
     Raises:
         InputError: the teacher cannot be read.
     """
-    from ml.learning.encoder import Classifier, use_available_cores
+    from ml.learning.devices import use_available_cores
+    from ml.learning.distributed import message_of_first
+    from ml.learning.encoder import Classifier
 
     use_available_cores()
     teacher_folder, sample = context.input("teacher_checkpoint"), context.input("training_sample")
     teacher = Classifier.load(teacher_folder)
     offers = {source: _row_count(sample, source) for source in _SOURCES}
     shards = list(_shards(offers, parameters.shard_offers))
+    there = [(context.checkpoints / _shard_name(number)).exists() for number in range(len(shards))]
+    there = msgspec.json.decode(message_of_first(msgspec.json.encode(there)), type=list[bool])
     with context.progress.bar("labelling", sum(offers.values()), "offers") as bar:
         for number, (source, start, count) in enumerate(shards):
-            path = context.checkpoints / _shard_name(number)
-            if not path.exists():
+            if not there[number]:
                 rows = _sample_rows(sample, source, ["offer_id", "text"]).slice(start, count)
                 logits = teacher.predict_logits(strings(rows["text"]), parameters.batch_size)
                 table = _label_table(
                     strings(rows["offer_id"]), source, logits / teacher.settings.temperature, parameters.top_k
                 )
-                partial = path.with_suffix(".partial")
-                pq.write_table(table, partial)
-                partial.rename(path)
+                if context.is_first:
+                    _write_shard(context.checkpoints / _shard_name(number), table)
             bar.update(count)
+    if not context.is_first:
+        return {}
     for number in range(len(shards)):
         shutil.copyfile(context.checkpoints / _shard_name(number), context.output / _shard_name(number))
     shutil.copyfile(teacher_folder / "labels.json", context.output / "labels.json")
@@ -139,6 +145,13 @@ def _label_table(offer_ids: list[str], source: str, logits: NDArray[np.float32],
         "tail_logsumexp": pa.array(tail.astype(np.float32), pa.float32()),
     }
     return pa.table(columns, schema=LABELS_SCHEMA)
+
+
+def _write_shard(path: Path, table: pa.Table) -> None:
+    """The shard appears whole or not at all."""
+    partial = path.with_suffix(".partial")
+    pq.write_table(table, partial)
+    partial.rename(path)
 
 
 def _sanity_figures(output: Path, sample: Path) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from torch.nn import functional
 
 from ml.artifacts import read_manifest, short_version
 from ml.learning.calibration import fit_temperature, targets_of, validation_figures
-from ml.learning.encoder import Classifier, best_device, use_available_cores
+from ml.learning.devices import best_device, use_available_cores
+from ml.learning.encoder import Classifier
 from ml.learning.encoder_files import TEACHER
 from ml.learning.labelling import TeacherLabels, check_same_offers, read_teacher_labels
 from ml.learning.training import TrainingArguments, learning_curve_json, train, training_metrics
@@ -51,6 +52,8 @@ class DistillationSet(msgspec.Struct, frozen=True):
 
 def train_student(context: StageContext, parameters: StudentParameters) -> dict[str, Any]:
     """Distil, calibrate, write the classifier folder; returns its metrics.
+
+    Of several processes that share the work, only the first writes.
 
     Raises:
         InputError: the encoder cannot be had or has too few layers, or the inputs do not belong
@@ -100,6 +103,8 @@ def train_student(context: StageContext, parameters: StudentParameters) -> dict[
     logits = model.predict_logits(validation.texts)
     temperature = fit_temperature(logits, targets_of(labels, validation.categories))
     figures = _figures(logits / temperature, labels, validation.categories, data)
+    if not context.is_first:
+        return {}
     model.with_settings(temperature=temperature).save(context.output)
     (context.output / "learning_curve.json").write_bytes(learning_curve_json(state))
     shutil.copyfile(taxonomy_folder / "taxonomy.parquet", context.output / "taxonomy.parquet")

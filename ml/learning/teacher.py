@@ -19,7 +19,8 @@ from torch.nn import functional
 
 from ml.artifacts import read_manifest, short_version
 from ml.learning.calibration import fit_temperature, targets_of, validation_figures
-from ml.learning.encoder import Classifier, ClassifierSettings, best_device, use_available_cores
+from ml.learning.devices import best_device, use_available_cores
+from ml.learning.encoder import Classifier, ClassifierSettings
 from ml.learning.training import TrainingArguments, learning_curve_json, train, training_metrics
 from ml.learning.training_data import read_labelled
 from ml.learning.warm_start import warm_start, warm_start_metrics
@@ -31,6 +32,8 @@ from ml.taxonomy import Taxonomy
 
 def train_teacher(context: StageContext, parameters: TeacherParameters) -> dict[str, Any]:
     """Read the sample, train, calibrate, write the classifier folder; returns its metrics.
+
+    Of several processes that share the work, only the first writes.
 
     Raises:
         InputError: the encoder cannot be had, or the sample has no training or validation offers.
@@ -88,6 +91,8 @@ def train_teacher(context: StageContext, parameters: TeacherParameters) -> dict[
     logits = model.predict_logits(validation.texts)
     temperature = fit_temperature(logits, targets_of(labels, validation.categories))
     figures = validation_figures(logits / temperature, labels, validation.categories)
+    if not context.is_first:
+        return {}
     model.with_settings(temperature=temperature).save(context.output)
     (context.output / "learning_curve.json").write_bytes(learning_curve_json(state))
     shutil.copyfile(taxonomy_folder / "taxonomy.parquet", context.output / "taxonomy.parquet")

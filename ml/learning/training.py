@@ -3,6 +3,9 @@
 The order of batches, dropout and the learning rate are functions of seed and step alone. So a
 checkpoint is weights, optimiser state and a step number, and a run that was killed and started
 again ends with the weights of one that was not.
+
+Several processes share every batch: as many as there are, a step is the same up to rounding and to which
+neurons drop out. So a run can go on with another number of them.
 """
 
 from __future__ import annotations
@@ -22,9 +25,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ml.artifacts import sha256_of
-from ml.learning.encoder import Classifier, TokenizedTexts, autocast
+from ml.learning.distributed import message_of_first, start_fabric, tensors_of_first
+from ml.learning.encoder import Classifier, TokenizedTexts
 from ml.progress import Progress
 from ml.stages import StudentParameters, TeacherParameters
+from ml.world import World, world_from_environment
 
 _WARMUP_SHARE = 0.1
 _WEIGHT_DECAY = 0.01
@@ -82,6 +87,9 @@ def train(
 ) -> TrainingState:
     """Train ``model`` in place, from its last checkpoint if there is one.
 
+    Every process that shares the work calls this; all end with the same weights. The first alone reads and
+    writes checkpoints.
+
     Args:
         model: Encoder and output layer, on the device to train on.
         texts: The training texts.
@@ -95,11 +103,13 @@ def train(
     Returns:
         The final state, with the learning curve.
     """
+    world, fabric = world_from_environment(), start_fabric(model.device)
     optimiser = _optimiser(model, plan)
     state = _resume(model, optimiser, checkpoints, progress)
     if state is None:
         initialise()
         state = TrainingState()
+    step = _Step(model, optimiser, fabric, world)
     steps_per_epoch = -(-len(texts) // plan.batch_size)
     total_steps = steps_per_epoch * plan.epochs
     curve_interval = max(1, steps_per_epoch // _CURVE_POINTS_PER_EPOCH)
@@ -115,7 +125,7 @@ def train(
             for rows in batches[state.step % steps_per_epoch :]:
                 started_at = time.monotonic()
                 _set_rates(optimiser, plan, state.step, total_steps)
-                loss = _train_step(model, optimiser, texts, rows, batch_loss, plan.seed, state.step)
+                loss = step.take(texts, rows, batch_loss, _step_seed(plan.seed, state.step, world.rank))
                 state.step += 1
                 state.loss_sum += loss
                 state.seconds += time.monotonic() - started_at
@@ -125,7 +135,8 @@ def train(
                     _add_point(state, epoch, validate() if epoch_ends else {})
                 if epoch_ends:
                     progress.say(_describe(state.curve[-1], plan.epochs))
-                if epoch_ends or time.monotonic() - last_checkpoint_at >= plan.checkpoint_seconds:
+                is_due = epoch_ends or time.monotonic() - last_checkpoint_at >= plan.checkpoint_seconds
+                if is_due and world.is_first:
                     save_checkpoint(checkpoints, model, optimiser, state)
                     last_checkpoint_at = time.monotonic()
     model.eval()
@@ -171,23 +182,33 @@ def save_checkpoint(
 def _resume(
     model: nn.Module, optimiser: torch.optim.Optimizer, folder: Path, progress: Progress
 ) -> TrainingState | None:
-    """Put the newest sound checkpoint into model and optimiser; None if there is none."""
+    """Put the first process's newest sound checkpoint into model and optimiser; None if there is none."""
+    state, tensors = None, dict[str, Tensor]()
+    if world_from_environment().is_first:
+        state, tensors = _newest_checkpoint(folder, progress)
+    state = msgspec.json.decode(message_of_first(msgspec.json.encode(state)), type=TrainingState | None)
+    if state is None:
+        return None
+    tensors = tensors_of_first(tensors)
+    model.load_state_dict(_under("model.", tensors))
+    slots: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in _under("optimiser.", tensors).items():
+        index, slot = name.split(".")
+        slots.setdefault(int(index), {})[slot] = tensor
+    optimiser.load_state_dict({**optimiser.state_dict(), "state": slots})
+    progress.say(f"resumed from the checkpoint at step {state.step:,}")
+    return state
+
+
+def _newest_checkpoint(folder: Path, progress: Progress) -> tuple[TrainingState | None, dict[str, Tensor]]:
+    """The newest sound checkpoint, if there is one; damaged ones go."""
     for path in reversed(_checkpoints_in(folder)):
         try:
-            state, tensors = _read_checkpoint(path)
+            return _read_checkpoint(path)
         except (OSError, ValueError, msgspec.DecodeError, SafetensorError) as error:
             progress.say(f"checkpoint {path.name} is damaged ({error}), discarded")
             shutil.rmtree(path, ignore_errors=True)
-            continue
-        model.load_state_dict(_under("model.", tensors))
-        slots: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in _under("optimiser.", tensors).items():
-            index, slot = name.split(".")
-            slots.setdefault(int(index), {})[slot] = tensor
-        optimiser.load_state_dict({**optimiser.state_dict(), "state": slots})
-        progress.say(f"resumed from the checkpoint at step {state.step:,}")
-        return state
-    return None
+    return None, {}
 
 
 def _read_checkpoint(path: Path) -> tuple[TrainingState, dict[str, Tensor]]:
@@ -225,26 +246,45 @@ def _set_rates(optimiser: torch.optim.Optimizer, plan: TrainingArguments, step: 
         group["lr"] = group["peak"] * share
 
 
-def _train_step(
-    model: Classifier,
-    optimiser: torch.optim.Optimizer,
-    texts: TokenizedTexts,
-    rows: NDArray[np.int64],
-    batch_loss: LossFunction,
-    seed: int,
-    step: int,
-) -> float:
-    torch.manual_seed((seed << 32) + step)  # dropout depends on the step, not on what ran before it
-    model.train()
-    ids, mask = texts.padded(rows, model.pad_id)
-    with autocast(model.device):
-        logits = model(ids.to(model.device), mask.to(model.device))
-    loss = batch_loss(logits.float(), rows)
-    optimiser.zero_grad(set_to_none=True)
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRADIENT_NORM)
-    optimiser.step()
-    return float(loss.item())
+class _Step:
+    """One step of the optimiser, taken by all processes together."""
+
+    def __init__(
+        self, model: Classifier, optimiser: torch.optim.Optimizer, fabric: Any, world: World
+    ) -> None:
+        self._model = model
+        self._fabric = fabric
+        self._world = world
+        self._shared_model, self._shared_optimiser = fabric.setup(model, optimiser)
+
+    def take(
+        self, texts: TokenizedTexts, rows: NDArray[np.int64], batch_loss: LossFunction, seed: int
+    ) -> float:
+        """Learn from the batch ``rows``, of which this process sees its share; returns the batch's loss."""
+        torch.manual_seed(seed)
+        model = self._model
+        model.train()
+        own, weight = self._world.share_of(rows)
+        ids, mask = texts.padded(own, model.pad_id)
+        logits = self._shared_model(ids.to(model.device), mask.to(model.device))
+        loss = batch_loss(logits.float(), own) * weight
+        self._shared_optimiser.zero_grad(set_to_none=True)
+        self._fabric.backward(loss)
+        self._fabric.clip_gradients(
+            self._shared_model,
+            self._shared_optimiser,
+            max_norm=_MAX_GRADIENT_NORM,
+            error_if_nonfinite=False,  # to look costs a wait for the GPU at every step
+        )
+        self._shared_optimiser.step()
+        return float(self._fabric.all_reduce(loss.detach(), reduce_op="mean").item())
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    """What dropout depends on: step and process, not on what ran before."""
+    if rank == 0:
+        return (seed << 32) + step
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]) >> 1
 
 
 def _add_point(state: TrainingState, epoch: int, figures: dict[str, float]) -> None:

@@ -107,7 +107,7 @@ def compare(
     days = {
         day: folder for day, folder in context.partitions("catalogued_offers").items() if day <= newest_day
     }
-    settings = {"memory_limit": _MEMORY_LIMIT, "temp_directory": str(context.checkpoints / "duckdb")}
+    settings = {"memory_limit": _MEMORY_LIMIT, "temp_directory": str(context.scratch)}
     with duckdb.connect(config=settings) as database:
         _see(database, context, days)
         until = database.execute("SELECT max(decided_on) FROM every_decision").fetchall()[0][0]

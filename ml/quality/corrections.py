@@ -116,7 +116,7 @@ def write_corrections(context: StageContext, parameters: CorrectionsParameters) 
     raw = context.checkpoints / _RAW_FILE
     unreadable, ignored = _gather(context, parameters.files, raw)
     transitions = Transitions.read(context.input("taxonomy_change"))
-    settings = {"memory_limit": _MEMORY_LIMIT, "temp_directory": str(context.checkpoints / "duckdb")}
+    settings = {"memory_limit": _MEMORY_LIMIT, "temp_directory": str(context.scratch)}
     with duckdb.connect(config=settings) as database:
         database.execute("SET TimeZone = 'UTC'")
         _read_typed(database, raw)

@@ -211,7 +211,7 @@ def write_training_sample(context: StageContext, parameters: TrainingSampleParam
 @contextmanager
 def _database(context: StageContext) -> Iterator[duckdb.DuckDBPyConnection]:
     """An engine that spills to the workspace instead of growing."""
-    spill = context.checkpoints / "duckdb"
+    spill = context.scratch
     with duckdb.connect(
         config={
             "memory_limit": _MEMORY_LIMIT,

@@ -306,7 +306,7 @@ def offers_database(context: StageContext) -> Iterator[duckdb.DuckDBPyConnection
     """An engine that spills to the workspace instead of growing."""
     settings = {
         "memory_limit": _MEMORY_LIMIT,
-        "temp_directory": str(context.checkpoints / "duckdb"),
+        "temp_directory": str(context.scratch),
         "preserve_insertion_order": False,
     }
     with duckdb.connect(config=settings) as database:

@@ -23,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ml.learning.calibration import log_softmax, softmax
-from ml.learning.encoder import Classifier, ClassifierSettings, best_device, use_available_cores
+from ml.learning.devices import best_device, use_available_cores
+from ml.learning.encoder import Classifier, ClassifierSettings
 from ml.offers import TEXT_VERSION
 from ml.taxonomy import Taxonomy
 from ml.taxonomy_change.transitions import Transitions, certain_moves

@@ -48,6 +48,8 @@ def run(context: StageContext, parameters: StandInParameters) -> dict[str, int]:
             raise RuntimeError("something broke")
         case "be killed once" if not begun_before:
             os.kill(os.getpid(), signal.SIGKILL)
+        case "hang once" if not begun_before:
+            time.sleep(600)
         case "hang":
             time.sleep(600)
     (context.output / "text").write_text(text + parameters.text)
