@@ -6,6 +6,7 @@ from typing import Any
 
 from resources.alerting import OutboxAlerts
 from resources.artifact_store import FolderArtifactStore
+from resources.cataloguing import EndpointCataloguing
 from resources.compute import LocalCompute
 from resources.corrections_feed import CorrectionsFeed, DemoCorrectionsFeed
 from resources.feed_name import feed_name
@@ -30,14 +31,15 @@ def resources_for(settings: Settings) -> dict[str, Any]:
         )
     home = str(settings.home)
     store = FolderArtifactStore(root=str(settings.home / "artifacts"), feed=feed_name(settings))
+    compute = LocalCompute(store=store)
+    endpoints = LocalEndpoints(home=home, port=settings.endpoint_port, workers=settings.endpoint_workers)
     return {
         "artifact_store": store,
         "io_manager": ArtifactRefIOManager(store=store),
-        "compute": LocalCompute(store=store),
+        "compute": compute,
         "tracking": MlflowTracking(tracking_uri=settings.tracking_uri, model_name=settings.model_name),
-        "endpoints": LocalEndpoints(
-            home=home, port=settings.endpoint_port, workers=settings.endpoint_workers
-        ),
+        "endpoints": endpoints,
+        "cataloguing": EndpointCataloguing(compute=compute, endpoints=endpoints),
         "offer_feed": (feed := _offer_feed(settings)),
         "corrections_feed": _corrections_feed(settings, feed),
         "taxonomy_source": _taxonomy_source(settings, feed),

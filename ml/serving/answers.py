@@ -15,11 +15,9 @@ from ml.artifacts import read_manifest, verify
 from ml.errors import InputError
 from ml.runner import StageContext
 from ml.serving.predictor import Prediction, prediction_table
+from ml.serving.sent import OUT_SUFFIX
 from ml.serving.transform_input import CAPTURED_FILE, read_shards
 from ml.stages import CataloguedOffersParameters
-
-OUT_SUFFIX = ".out"
-"""What a batch transform puts behind the name of a file that it has answered."""
 
 _OFFERS_FILE = "offers.parquet"
 _ROWS_AT_ONCE = 10_000

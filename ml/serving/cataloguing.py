@@ -27,7 +27,7 @@ from ml.progress import Bar
 from ml.runner import StageContext
 from ml.serving.answers import answered_tables
 from ml.serving.predictor import PREDICTION_SCHEMA, Prediction, prediction_table
-from ml.serving.sent import encoded_offers
+from ml.serving.sent import encoded_offers, in_requests
 from ml.serving.variants import TARGET_VARIANT_HEADER
 from ml.stages import CataloguedOffersParameters
 
@@ -36,9 +36,6 @@ CATALOGUED_FILE = "catalogued.parquet"
 
 _SHARD_OFFERS = 10_000
 """What a kill can cost; also a row group of the result."""
-
-_REQUEST_BYTES = 4 << 20
-"""Requests are cut here too, well below what an endpoint accepts (6,291,456)."""
 
 _SECONDS_TO_CONNECT = 5.0
 _SECONDS_TO_ANSWER = 60.0
@@ -229,20 +226,9 @@ def _pause(attempt: int) -> float:
 
 def _requests(path: Path, skip: int, size: int) -> Iterator[_Request]:
     """The offers of a Parquet file behind the first ``skip``, ``size`` at a time."""
-    offers, offer_ids, byte_count = list[bytes](), list[str](), 0
-    for offer_id, encoded in encoded_offers(path, skip, max(size, 1024)):
-        if offers and (len(offers) == size or byte_count + len(encoded) > _REQUEST_BYTES):
-            yield _request(offers, offer_ids)
-            offers, offer_ids, byte_count = [], [], 0
-        offers.append(encoded)
-        offer_ids.append(offer_id)
-        byte_count += len(encoded)
-    if offers:
-        yield _request(offers, offer_ids)
-
-
-def _request(offers: list[bytes], offer_ids: list[str]) -> _Request:
-    return _Request(b'{"offers":[' + b",".join(offers) + b"]}", offer_ids)
+    for offers in in_requests(encoded_offers(path, skip, max(size, 1024)), size):
+        body = b'{"offers":[' + b",".join(offer.json for offer in offers) + b"]}"
+        yield _Request(body, [offer.offer_id for offer in offers])
 
 
 def _shards(checkpoints: Path) -> list[Path]:

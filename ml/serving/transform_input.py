@@ -20,11 +20,9 @@ from ml.errors import InputError
 from ml.runner import StageContext
 from ml.serving.captures import Captures, encoded_digest
 from ml.serving.predictor import PREDICTION_SCHEMA, prediction_table
-from ml.serving.sent import encoded_offers
+from ml.serving.sent import SHARDS_FOLDER, EncodedOffer, encoded_offers
 from ml.stages import TransformInputParameters
 
-SHARDS_FOLDER = "shards"
-"""All that the job reads."""
 SHARDS_FILE = "shards.json"
 CAPTURED_FILE = "captured.parquet"
 
@@ -130,7 +128,7 @@ def _write_captured(context: StageContext, captures: Captures, offers: Path, out
     schema = pa.schema([digest])
     with pq.ParquetWriter(payloads, schema) as writer:
         for chunk in _in_chunks(encoded_offers(offers)):
-            column = pa.array([encoded_digest(encoded) for _, encoded in chunk], pa.binary())
+            column = pa.array([encoded_digest(offer.json) for offer in chunk], pa.binary())
             writer.write_table(pa.table([column], schema=schema))
     settings = {"memory_limit": _MEMORY_LIMIT, "temp_directory": str(context.scratch / "duckdb")}
     with (
@@ -142,8 +140,8 @@ def _write_captured(context: StageContext, captures: Captures, offers: Path, out
             writer.write_batch(batch.cast(CAPTURED_SCHEMA))
 
 
-def _not_answered(offers: Path, captured: Path) -> Iterator[tuple[str, bytes]]:
-    """The offers without a captured answer, as :func:`encoded_offers` has them."""
+def _not_answered(offers: Path, captured: Path) -> Iterator[EncodedOffer]:
+    """The offers without a captured answer."""
     rows = _rows(captured)
     answered = next(rows, None)
     for row, offer in enumerate(encoded_offers(offers)):
@@ -159,20 +157,19 @@ def _rows(captured: Path) -> Iterator[int]:
             yield from cast("list[int]", batch["row"].to_pylist())
 
 
-def _write_shards(offers: Iterator[tuple[str, bytes]], output: Path, size: int) -> Iterator[Shard]:
+def _write_shards(offers: Iterator[EncodedOffer], output: Path, size: int) -> Iterator[Shard]:
     """Write files of ``size`` offers, as many as it takes."""
     number, following = 0, next(offers, None)
     while following is not None:
         name, count = f"offers-{number:06d}.jsonl", 0
         with (output / SHARDS_FOLDER / name).open("wb") as file:
             while following is not None and count < size:
-                offer_id, encoded = following
-                if len(encoded) > MAX_LINE_BYTES:
+                if len(following.json) > MAX_LINE_BYTES:
                     raise InputError(
-                        f"offer {offer_id[:100]} is {len(encoded):,} bytes as JSON, a bulk job takes "
-                        f"{MAX_LINE_BYTES:,}: shorten its offer_id in the feed"
+                        f"offer {following.offer_id[:100]} is {len(following.json):,} bytes as JSON, a bulk "
+                        f"job takes {MAX_LINE_BYTES:,}: shorten its offer_id in the feed"
                     )
-                file.write(encoded + b"\n")
+                file.write(following.json + b"\n")
                 count, following = count + 1, next(offers, None)
         yield Shard(name, count)
         number += 1

@@ -17,7 +17,7 @@ from ml.offers import CLEAN_SCHEMA
 from ml.progress import Progress
 from ml.runner import StageSpec, run_stage
 from ml.serving.predictor import Prediction
-from ml.serving.transform_input import SHARDS_FOLDER
+from ml.serving.sent import SHARDS_FOLDER
 from tests.ml.compiled_models import seal
 
 Predict = Callable[[Sequence[dict[str, Any]]], list[Prediction]]

@@ -18,6 +18,7 @@ from ml.offers import CLEAN_SCHEMA, offer_text
 from ml.progress import Progress
 from ml.runner import StageSpec, run_stage
 from ml.serving import cataloguing
+from ml.serving import sent as sent_offers
 from ml.serving.cataloguing import EndpointUnavailableError
 from ml.serving.predictor import PREDICTION_SCHEMA, Prediction, Predictor, prediction_table
 from ml.serving.sent import sent
@@ -127,7 +128,7 @@ def test_answers_for_other_offers_are_refused(compiled_student, tmp_path):
 
 
 def test_requests_stay_below_the_limit_of_the_endpoint(compiled_student, tmp_path, monkeypatch):
-    monkeypatch.setattr(cataloguing, "_REQUEST_BYTES", 30_000)
+    monkeypatch.setattr(sent_offers, "_REQUEST_BYTES", 30_000)
     sizes = []
     answer = _answering(compiled_student)
 
