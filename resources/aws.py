@@ -6,6 +6,7 @@ Credentials come from where every AWS tool looks for them (a role, in production
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,11 +81,11 @@ def client_for(service: str, region: str) -> Any:
     """See :meth:`AwsAccess.client`."""
     with _CLIENTS_LOCK:
         if (service, region) not in _CLIENTS:
-            import boto3
             from botocore.config import Config
 
-            _CLIENTS[service, region] = boto3.session.Session(region_name=region).client(
+            _CLIENTS[service, region] = _session().client(
                 service,
+                region_name=region,
                 config=Config(
                     retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
                     connect_timeout=_SECONDS_TO_CONNECT,
@@ -93,6 +94,14 @@ def client_for(service: str, region: str) -> Any:
                 ),
             )
         return _CLIENTS[service, region]
+
+
+@functools.cache
+def _session() -> Any:
+    """One for all clients: it reads the descriptions of the services, half a second's work, only once."""
+    import boto3
+
+    return boto3.session.Session()
 
 
 def forget_clients() -> None:

@@ -24,7 +24,7 @@ from typing_extensions import override
 from ml.artifacts import ArtifactRef
 from ml.errors import InputError
 from ml.serving import routing
-from ml.serving.routing import RoutedVariant, RoutePlan, RouterGoneError, RouterState, VariantState
+from ml.serving.routing import RoutedVariant, RoutePlan, RouterGoneError
 from ml.serving.variants import TARGET_VARIANT_HEADER
 from resources.atomic_files import only_one, write_atomically
 from resources.endpoints import (
@@ -34,9 +34,9 @@ from resources.endpoints import (
     RolledBackError,
     Variant,
     VariantObservation,
-    VariantStatus,
 )
 from resources.failures import input_errors_fail_plainly
+from resources.local_serving import Change, Serving, alone_status, asked, observation_of, routed_status
 from resources.rollout import account_of, alarm_of
 from resources.server_process import Launch, ServerProcess
 
@@ -47,47 +47,6 @@ _SECONDS_PER_INVOCATION = 60.0
 _SECONDS_BETWEEN_LOOKS = 0.2
 _SECONDS_OF_A_SHARE = 10.0
 """A version that is tried out has its share so long after whoever watches it looked last."""
-
-
-class _Serving(msgspec.Struct, frozen=True, kw_only=True):
-    """What serves, as ``current.json`` has it."""
-
-    model: str
-    """Folder of the compiled student with the most weight."""
-    url: str
-    model_version: str
-    taxonomy_version: str
-    pid: int
-    """The main process: of the server, or of the router."""
-    started: str
-    process_started: str
-    """Start of the process as the system tells it: a process id alone may by now be another's."""
-    log: str = ""
-    variants: list[RoutedVariant] = []
-    """Behind the router; none where a model serves alone."""
-    control: str = ""
-    """Socket of the router."""
-
-    @property
-    def process(self) -> ServerProcess:
-        """The main process."""
-        return ServerProcess(pid=self.pid, process_started=self.process_started)
-
-    @property
-    def alone(self) -> RoutedVariant:
-        """The model with the most weight, as it would serve alone."""
-        return RoutedVariant(model=self.model, model_version=self.model_version, weight=1.0)
-
-    @property
-    def answering(self) -> list[RoutedVariant]:
-        """The models whose answers clients get."""
-        return [variant for variant in self.variants if not variant.is_shadow] or [self.alone]
-
-
-class _Change(msgspec.Struct, frozen=True, kw_only=True):
-    """Processes of which only the one in ``current.json`` is to stay (``changing.json``)."""
-
-    processes: list[ServerProcess]
 
 
 class LocalEndpoints(Endpoints):
@@ -107,13 +66,13 @@ class LocalEndpoints(Endpoints):
             old = self._settled()
             in_place = self.status() if old is not None and old.url == self._url else None
             if old is None or in_place is None:
-                return _alone(self._change(old, [new]))
+                return alone_status(self._change(old, [new]))
             is_the_same = old.model_version == ref.version
             if is_the_same and len(in_place.variants) == 1:
                 return in_place
             if at_once or is_the_same or not self.policy.canary_seconds:
-                return _alone(self._change(old, [new]))
-            return _alone(self._try_out(old, new))
+                return alone_status(self._change(old, [new]))
+            return alone_status(self._try_out(old, new))
 
     @override
     @input_errors_fail_plainly()
@@ -160,8 +119,8 @@ class LocalEndpoints(Endpoints):
     @override
     def observations(self) -> list[VariantObservation]:
         recorded = self._recorded()
-        state = _asked(recorded) if recorded is not None else None
-        return [] if state is None else [_observation(variant) for variant in state.variants]
+        state = asked(recorded) if recorded is not None else None
+        return [] if state is None else [observation_of(variant) for variant in state.variants]
 
     @override
     def releasing(self) -> AbstractContextManager[None]:
@@ -183,9 +142,9 @@ class LocalEndpoints(Endpoints):
         if ping is None or ping.get("model_version") != recorded.model_version:
             return None
         if not recorded.control:
-            return _alone(recorded)
-        state = _asked(recorded)
-        return _behind_router(recorded, state) if state is not None else None
+            return alone_status(recorded)
+        state = asked(recorded)
+        return routed_status(recorded, state) if state is not None else None
 
     @override
     @input_errors_fail_plainly()
@@ -223,7 +182,7 @@ class LocalEndpoints(Endpoints):
             self._current.unlink(missing_ok=True)
             return recorded is not None
 
-    def _try_out(self, old: _Serving, new: RoutedVariant) -> _Serving:
+    def _try_out(self, old: Serving, new: RoutedVariant) -> Serving:
         """Give a version its share for a while, then all requests; or none, if an alarm trips."""
         before = old.alone
         router = self._change(old, [before, msgspec.structs.replace(new, weight=0.0)])
@@ -232,13 +191,20 @@ class LocalEndpoints(Endpoints):
             return self._change(router, [new])
         except BaseException:
             # Also when this run is canceled: nobody would watch any more.
-            try:
-                self._change(router, [before])
-            except EndpointError as error:
-                _log().error(f"model version {before.model_version} goes on behind the router: {error}")
+            self._return_to(before, router)
             raise
 
-    def _watch(self, router: _Serving, before: RoutedVariant, new: RoutedVariant) -> None:
+    def _return_to(self, before: RoutedVariant, router: Serving) -> None:
+        """Let the version before serve alone again, unless the new one took over in the meantime."""
+        current = self._settled()
+        if current is not None and current.process != router.process:
+            return
+        try:
+            self._change(current, [before])
+        except (EndpointError, InputError) as error:
+            _log().error(f"model version {before.model_version} does not serve alone again: {error}")
+
+    def _watch(self, router: Serving, before: RoutedVariant, new: RoutedVariant) -> None:
         policy, control = self.policy, Path(router.control)
         share = policy.canary_percent / 100
         weights = {before.name: 1 - share, new.name: share}
@@ -257,7 +223,8 @@ class LocalEndpoints(Endpoints):
                 ) from None
             seen = next(variant for variant in state.variants if variant.name == new.name)
             if alarm := alarm_of(seen, policy):
-                routing.ask(control, {before.name: 1.0}, _SECONDS_OF_A_SHARE)
+                with suppress(RouterGoneError):  # without a router no request goes to it either
+                    routing.ask(control, {before.name: 1.0}, _SECONDS_OF_A_SHARE)
                 raise RolledBackError(
                     f"model version {new.model_version} was rolled back: {alarm}. Model version "
                     f"{before.model_version} has all requests again"
@@ -267,7 +234,7 @@ class LocalEndpoints(Endpoints):
                 return
             time.sleep(min(left, _SECONDS_BETWEEN_LOOKS))
 
-    def _change(self, old: _Serving | None, variants: Sequence[RoutedVariant]) -> _Serving:
+    def _change(self, old: Serving | None, variants: Sequence[RoutedVariant]) -> Serving:
         """Let ``variants`` serve instead of ``old``, which ends when they answer.
 
         Raises:
@@ -287,12 +254,12 @@ class LocalEndpoints(Endpoints):
             leftover.unlink(missing_ok=True)  # of a router that was killed
         return new
 
-    def _start_alone(self, variants: Sequence[RoutedVariant], old: list[ServerProcess]) -> _Serving:
+    def _start_alone(self, variants: Sequence[RoutedVariant], old: list[ServerProcess]) -> Serving:
         variant = variants[0]
         command = [self.program, "serve", "--model", variant.model]
         return self._start(variant, f"model version {variant.model_version}", command, old)
 
-    def _start_router(self, variants: Sequence[RoutedVariant], old: list[ServerProcess]) -> _Serving:
+    def _start_router(self, variants: Sequence[RoutedVariant], old: list[ServerProcess]) -> Serving:
         name = f"{_ROUTER}{uuid.uuid4().hex[:8]}"
         plan, control = self._folder / f"{name}.json", self._folder / f"{name}.sock"
         _write(plan, RoutePlan(variants=list(variants)))
@@ -308,15 +275,13 @@ class LocalEndpoints(Endpoints):
             plan.unlink()
         return msgspec.structs.replace(started, variants=list(variants), control=str(control))
 
-    def _start(
-        self, main: RoutedVariant, what: str, command: list[str], old: list[ServerProcess]
-    ) -> _Serving:
+    def _start(self, main: RoutedVariant, what: str, command: list[str], old: list[ServerProcess]) -> Serving:
         log = self._folder / f"{command[1]}-{main.model_version}.log"
         command += ["--port", str(self.port), "--workers", str(self.workers)]
         launch = Launch(what, command, log)
-        _write(self._changing, _Change(processes=[launch.process, *old]))
+        _write(self._changing, Change(processes=[launch.process, *old]))
         state = launch.wait()
-        return _Serving(
+        return Serving(
             model=main.model,
             url=self._url,
             model_version=main.model_version,
@@ -343,25 +308,25 @@ class LocalEndpoints(Endpoints):
     def _url(self) -> str:
         return f"http://{_HOST}:{self.port}"
 
-    def _recorded(self) -> _Serving | None:
+    def _recorded(self) -> Serving | None:
         """What ``current.json`` names, if that process is still the one it was."""
         try:
-            recorded = msgspec.json.decode(self._current.read_bytes(), type=_Serving)
+            recorded = msgspec.json.decode(self._current.read_bytes(), type=Serving)
         except (FileNotFoundError, msgspec.DecodeError):
             return None
         return recorded if recorded.process.is_alive else None
 
-    def _settled(self) -> _Serving | None:
+    def _settled(self) -> Serving | None:
         """What serves, after the end of what a change left over whose process was killed half way."""
         recorded = self._recorded()
         with suppress(FileNotFoundError, msgspec.DecodeError):
-            for process in msgspec.json.decode(self._changing.read_bytes(), type=_Change).processes:
+            for process in msgspec.json.decode(self._changing.read_bytes(), type=Change).processes:
                 if recorded is None or process != recorded.process:
                     process.end()
             self._changing.unlink()
         return recorded
 
-    def _serves(self, recorded: _Serving, plan: Sequence[RoutedVariant]) -> bool:
+    def _serves(self, recorded: Serving, plan: Sequence[RoutedVariant]) -> bool:
         """Whether that is what serves already, in good health."""
         status = self.status() if recorded.url == self._url else None
         if status is None or "down" in status.details:
@@ -405,66 +370,6 @@ def _shares(variants: Sequence[Variant]) -> list[RoutedVariant]:
         )
         for variant in variants
     ]
-
-
-def _alone(serving: _Serving) -> EndpointStatus:
-    variant = serving.alone
-    return EndpointStatus(
-        url=serving.url,
-        model_version=serving.model_version,
-        taxonomy_version=serving.taxonomy_version,
-        started=serving.started,
-        variants=[VariantStatus(name=variant.name, model_version=variant.model_version, weight=1.0)],
-        details={"pid": str(serving.pid), "log": serving.log},
-    )
-
-
-def _behind_router(serving: _Serving, state: RouterState) -> EndpointStatus:
-    variants = sorted(state.variants, key=lambda variant: (variant.is_shadow, -variant.weight))
-    down = ", ".join(variant.name for variant in variants if not variant.is_up)
-    missed = ", ".join(f"{variant.name}: {variant.dropped:,}" for variant in variants if variant.dropped)
-    told = {"down": down, "copies_missed": missed}
-    return EndpointStatus(
-        url=serving.url,
-        model_version=serving.model_version,
-        taxonomy_version=serving.taxonomy_version,
-        started=serving.started,
-        variants=[_variant_status(variant) for variant in variants],
-        details={
-            "pid": str(serving.pid),
-            "log": serving.log,
-            **{name: text for name, text in told.items() if text},
-        },
-    )
-
-
-def _variant_status(variant: VariantState) -> VariantStatus:
-    return VariantStatus(
-        name=variant.name,
-        model_version=variant.model_version,
-        weight=variant.weight,
-        is_shadow=variant.is_shadow,
-    )
-
-
-def _observation(variant: VariantState) -> VariantObservation:
-    return VariantObservation(
-        variant=_variant_status(variant),
-        requests=variant.requests,
-        errors=variant.errors,
-        p99_milliseconds=variant.p99_milliseconds,
-        low_confidence_share=variant.low_confidence / variant.offers if variant.offers else None,
-    )
-
-
-def _asked(serving: _Serving) -> RouterState | None:
-    """What the router says; None where there is none, or it does not answer."""
-    if not serving.control:
-        return None
-    try:
-        return routing.ask(Path(serving.control))
-    except RouterGoneError:
-        return None
 
 
 def _ping(url: str) -> dict[str, Any] | None:

@@ -257,7 +257,6 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m ml route",
         description="One port of this machine for several compiled models side by side.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--plan", type=Path, required=True, metavar="FILE", help="JSON: models and weights")
     parser.add_argument("--port", type=int, required=True, help="0: any free one")
@@ -272,10 +271,13 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
         "--state-file", type=Path, required=True, metavar="FILE", help="JSON, written once all answer"
     )
     parser.add_argument(
-        "--workers", type=int, default=available_cores(), help="processes of one thread each, per model"
+        "--workers",
+        type=int,
+        default=available_cores(),
+        help="processes of one thread each, per model (one per core)",
     )
     parser.add_argument(
-        "--timeout", type=int, default=DEFAULT_TIMEOUT_SECONDS, help="seconds for a model to answer"
+        "--timeout", type=int, default=DEFAULT_TIMEOUT_SECONDS, help="seconds for a model to answer (60)"
     )
-    parser.add_argument("--program", default="ml", help="module whose command serve is the server")
+    parser.add_argument("--program", default="ml", help="module whose command serve is the server (ml)")
     return parser.parse_args(arguments)

@@ -15,6 +15,14 @@ LOW_CONFIDENCE = 0.5
 """Below it the model is less than half sure of the category it names."""
 
 
+_PREFIX = "model-"
+
+
 def variant_of(model_version: str) -> str:
     """Name of the variant that serves a model version."""
-    return f"model-{model_version}"
+    return f"{_PREFIX}{model_version}"
+
+
+def names_a_version(variant: str) -> bool:
+    """Whether a variant is named by what it serves; SageMaker's main one is not, it keeps its name."""
+    return variant.startswith(_PREFIX)

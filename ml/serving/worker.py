@@ -23,7 +23,13 @@ from ml.serving.app import Answer, DrainingServer, Refusal, ServingApp
 from ml.serving.predictor import Prediction, Predictor
 from ml.serving.sent import JSON_LINES
 from ml.serving.server import Listening, bound_socket
-from ml.serving.variants import LOW_CONFIDENCE, OFFERS_HEADER, TARGET_VARIANT_HEADER, variant_of
+from ml.serving.variants import (
+    LOW_CONFIDENCE,
+    OFFERS_HEADER,
+    TARGET_VARIANT_HEADER,
+    names_a_version,
+    variant_of,
+)
 
 _SECONDS_PER_LINE = 30
 
@@ -60,7 +66,7 @@ class PredictorAnswers:
             Refusal: the body is not what was agreed, or another variant was asked for.
         """
         wanted = headers.get(TARGET_VARIANT_HEADER, self._variant)
-        if wanted != self._variant:
+        if names_a_version(wanted) and wanted != self._variant:
             raise Refusal(400, f"there is no variant {wanted} here: {self._variant} serves")
         content_type = headers.get("content-type", "").split(";")[0].strip().lower()
         loop = asyncio.get_running_loop()

@@ -38,7 +38,12 @@ def impatient(monkeypatch):
 def test_every_offer_comes_back_once_in_its_order_as_the_predictor_would_have_it(compiled_student, tmp_path):
     offers = _offers(tmp_path, 700)
     with serving(compiled_student, tmp_path / "state.json", "--workers", "1") as server:
-        artifact = run_stage(_spec(tmp_path, offers, compiled_student, server.url, batch_offers=64))
+        variant = f"model-{_version(compiled_student)}"
+        spec = _spec(tmp_path, offers, compiled_student, server.url, batch_offers=64, variant=variant)
+        artifact = run_stage(spec)
+        spec = _spec(tmp_path / "other", offers, compiled_student, server.url, variant="model-other")
+        with pytest.raises(InputError, match=r"refused offers: 400 .*there is no variant model-other here"):
+            run_stage(spec)
     table = pq.read_table(tmp_path / "out" / "catalogued.parquet")
     expected = Predictor.load(compiled_student).predict(pq.read_table(offers / "offers.parquet").to_pylist())
     assert table.schema == PREDICTION_SCHEMA

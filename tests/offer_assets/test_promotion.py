@@ -416,14 +416,14 @@ def test_who_changes_what_serves_has_it_for_himself_to_the_end(world, monkeypatc
     def noted(kind: type, name: str) -> None:
         original = getattr(kind, name)
 
-        def method(self, *arguments):
+        def method(self, *arguments, **options):
             with (world.folder / "endpoint" / "release.lock").open("w") as lock:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     held.append((name, False))
                 except BlockingIOError:
                     held.append((name, True))
-            return original(self, *arguments)
+            return original(self, *arguments, **options)
 
         monkeypatch.setattr(kind, name, method)
 

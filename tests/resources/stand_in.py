@@ -24,7 +24,7 @@ from ml.artifacts import read_manifest, short_version
 from ml.errors import InputError
 from ml.runner import StageContext
 from ml.serving.server import ServerState
-from ml.serving.variants import OFFERS_HEADER, TARGET_VARIANT_HEADER, variant_of
+from ml.serving.variants import OFFERS_HEADER, TARGET_VARIANT_HEADER, names_a_version, variant_of
 from ml.stages import Parameters, Stage
 from resources.atomic_files import write_atomically
 
@@ -121,7 +121,7 @@ class _Handler(BaseHTTPRequestHandler):
         offers = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["offers"]
         version, behaviour = self.server.version, self.server.behaviour
         wanted = self.headers.get(TARGET_VARIANT_HEADER, variant_of(version))
-        if wanted != variant_of(version):
+        if names_a_version(wanted) and wanted != variant_of(version):
             self.answer(400, {"error": f"there is no variant {wanted} here"})
         elif any("title" not in offer for offer in offers):
             self.answer(400, {"error": "offer 1 has no title"})
