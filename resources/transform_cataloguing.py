@@ -13,6 +13,7 @@ from itertools import count
 from pathlib import Path
 
 import dagster as dg
+import msgspec
 from typing_extensions import override
 
 from ml.artifacts import ArtifactRef
@@ -28,14 +29,13 @@ from resources.failures import input_errors_fail_plainly
 from resources.few_offers import ask_endpoint
 from resources.s3_artifact_store import S3ArtifactStore
 from resources.s3_objects import S3Objects
-from resources.served_models import ServedModels
+from resources.sagemaker_fleet import MAIN, FleetRequests, Naming
+from resources.sagemaker_service import EndpointService
 from resources.transform_jobs import TransformJobs
 from resources.transform_requests import TransformRequest, transform_name
 
 _LATE_HOURS = 6
 """So far into the next day offers of a day may have been answered."""
-_MAIN_VARIANT = "main"
-"""Serves whichever version serves alone."""
 
 
 class TransformCataloguing(Cataloguing):
@@ -92,7 +92,7 @@ class TransformCataloguing(Cataloguing):
     def _fetch_captured(self, context: AnyContext, day: str, model: ArtifactRef, folder: Path) -> None:
         """Download what was captured on a day and shortly after, where this model may have served."""
         files = 0
-        for variant in (_MAIN_VARIANT, variant_of(model.version)):
+        for variant in (MAIN, variant_of(model.version)):
             for hours in _hours(day):
                 place = f"capture/{self.name}/{variant}/{hours}"
                 sizes = self._objects.sizes(place)
@@ -112,12 +112,9 @@ class TransformCataloguing(Cataloguing):
         jobs = TransformJobs(self.aws, self._location, context.log, self.poll_seconds)
 
         def request(name: str) -> TransformRequest:
-            served = ServedModels(
-                self.aws, self.name, {"cpu": self.serving_image, "neuron": self.neuron_image}
-            )
             return TransformRequest(
                 name=name,
-                model=served.make(self.compute.folder(model), self.store.uri(model), model.version),
+                model=self._made_model(model),
                 source=f"{self.store.uri(plan.ref)}/{SHARDS_FOLDER}",
                 target=jobs.target(name),
                 instance_type=self.instance_type,
@@ -128,6 +125,24 @@ class TransformCataloguing(Cataloguing):
 
         names = (transform_name(self.name, plan.ref.version, model.version, attempt) for attempt in count(1))
         jobs.fetch(jobs.answered(names, shards, request, f"{asked:,} offers in {shards:,} files"), answers)
+
+    def _made_model(self, model: ArtifactRef) -> str:
+        """Name of the SageMaker model: the one that the endpoint serves, unless settings differ."""
+        naming = Naming(self.name)
+        requests = FleetRequests(
+            naming=naming,
+            role=self.aws.role,
+            vpc=self.aws.vpc,
+            kms_key=self.aws.kms_key,
+            images={"cpu": self.serving_image, "neuron": self.neuron_image},
+            instance_type=self.instance_type,
+            instances=self.instances,
+            instance_setting="OFFER_ASSETS_AWS_BULK_INSTANCE_TYPE",
+        )
+        placed = msgspec.structs.replace(model, uri=self.store.uri(model))
+        made = requests.model(self.compute.folder(model), placed)
+        EndpointService(self.aws, naming, self.poll_seconds).make_model(made)
+        return made.name
 
     def _serves(self, model: ArtifactRef) -> bool:
         """Whether the endpoint has a variant with this model that answers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import signal
@@ -21,14 +22,17 @@ from ml.errors import InputError
 from ml.serving.predictor import Prediction, Predictor, prediction_table
 from resources.compute import LocalCompute, StageResult
 from resources.failures import InputFailure
+from resources.sagemaker_endpoints import SageMakerEndpoints
 from resources.transform_cataloguing import TransformCataloguing
 from resources.transform_requests import TransformRequest, transform_name
 from tests.aws.conftest import BUCKET, access
 from tests.aws.stand_in import StandIn
+from tests.aws.stand_in_endpoints import EndpointHost
 from tests.aws.stand_in_transform import TransformRunner
 from tests.aws.test_sagemaker_compute import at_once, soon
 from tests.aws.transforms import (
     ASKED,
+    DAY,
     IMAGE,
     LOCATION,
     ScriptedEndpoints,
@@ -72,8 +76,8 @@ class Day:
         self.s3 = access().client("s3")
         stand_in.calls.clear()
 
-    def run(self, **settings: Any) -> StageResult:
-        return catalogue(self.cataloguing(**settings), self.instance, self.offers, self.model)
+    def run(self, date: str = DAY, **settings: Any) -> StageResult:
+        return catalogue(self.cataloguing(**settings), self.instance, self.offers, self.model, date)
 
     def cataloguing(self, home: str = "home", **settings: Any) -> TransformCataloguing:
         return cataloguing_of(self.folder / home, **settings)
@@ -110,7 +114,7 @@ class Day:
 def day(stand_in, tmp_path, instance) -> Iterator[Day]:
     """With a model that is only named; its answers are made up."""
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "model.json").write_text('{"target": "cpu"}')
+    (tmp_path / "model" / "model.json").write_text('{"target": "cpu", "taxonomy_version": "t"}')
     day = Day(stand_in, tmp_path, instance, seal(tmp_path / "model", "compiled_student"))
 
     def answer(body: bytes) -> bytes:
@@ -166,6 +170,33 @@ def test_what_the_endpoint_has_answered_is_not_asked_again(day):
     assert [row["category_id"] for row in rows] == ["captured"] * 9 + ["by-job"] * 31
     assert sorted(day.asked()) == sorted(offer["offer_id"] for offer in OFFERS[9:])
     assert day.said("3 files of requests were captured by the endpoint on 2026-11-02")
+
+
+def test_what_a_real_endpoint_captured_is_not_asked_again_and_its_model_is_shared(
+    real_day, compiled_student, stand_in, tmp_path
+):
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    endpoints = SageMakerEndpoints(
+        aws=access(),
+        location=LOCATION,
+        name="offer-assets",
+        serving_image=IMAGE,
+        instance_type="ml.c7i.xlarge",
+        min_instances=2,
+        max_instances=2,
+        capture_percent=100,
+        seconds_between_looks=0.02,
+    )
+    with EndpointHost(stand_in, tmp_path / "host"):
+        endpoints.deploy(compiled_student, real_day.model)
+        endpoints.invoke(OFFERS[:10])
+        endpoints.invoke(OFFERS[10:25])
+        made = real_day.run(today, endpoints=endpoints)
+    expected = Predictor.load(compiled_student).predict(OFFERS)
+    folder = store_of(tmp_path / "home").fetch(made.ref)
+    assert pq.read_table(folder / "catalogued.parquet").equals(prediction_table(expected))
+    assert sorted(real_day.asked()) == sorted(offer["offer_id"] for offer in OFFERS[25:])
+    assert stand_in.calls.count(("sagemaker", "CreateModel")) == 1
 
 
 def test_a_day_that_is_wholly_captured_starts_no_job(day):
@@ -322,7 +353,7 @@ def test_the_job_of_a_killed_orchestrator_is_picked_up_and_not_started_again(day
 def test_a_model_without_an_image_for_its_target_is_named(day, tmp_path):
     model = tmp_path / "neuron"
     model.mkdir()
-    (model / "model.json").write_text('{"target": "neuron"}')
+    (model / "model.json").write_text('{"target": "neuron", "taxonomy_version": "t"}')
     day.model = publish(store_of(tmp_path / "other"), seal(model, "renamed_student"))
     with pytest.raises(InputFailure, match="for neuron, but OFFER_ASSETS_AWS_NEURON_IMAGE is not set"):
         day.run()

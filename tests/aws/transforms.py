@@ -103,14 +103,18 @@ def cataloguing_of(home: Path, **settings: Any) -> TransformCataloguing:
 
 
 def catalogue(
-    cataloguing: Cataloguing, instance: dg.DagsterInstance, offers: ArtifactRef, model: ArtifactRef
+    cataloguing: Cataloguing,
+    instance: dg.DagsterInstance,
+    offers: ArtifactRef,
+    model: ArtifactRef,
+    day: str = DAY,
 ) -> StageResult:
     """From within an asset of a Dagster run, as the graph does."""
     results = []
 
     @dg.asset
     def catalogued(context: dg.AssetExecutionContext, cataloguing: Cataloguing) -> dg.MaterializeResult:
-        results.append(cataloguing.catalogue(context, DAY, offers, model))
+        results.append(cataloguing.catalogue(context, day, offers, model))
         return dg.MaterializeResult()
 
     dg.materialize([catalogued], resources={"cataloguing": cataloguing}, instance=instance)
