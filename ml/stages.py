@@ -293,12 +293,40 @@ class CataloguedOffersParameters(Parameters, frozen=True, kw_only=True):
 
     endpoint_url: Annotated[
         str, Meta(description="Where /invocations answers, e.g. http://127.0.0.1:8765.", extra=OPERATIONAL)
-    ]
+    ] = ""
     variant: Annotated[
         str, Meta(description="Variant of the endpoint that has to answer; empty: any.", extra=OPERATIONAL)
     ] = ""
     batch_offers: Annotated[Count, Meta(description="Offers per request.", extra=OPERATIONAL)] = 256
     in_flight: Annotated[Count, Meta(description="Requests under way at once.", extra=OPERATIONAL)] = 4
+    prepared: Annotated[
+        str,
+        Meta(
+            description="Folder of the transform_input whose offers a bulk job has answered; empty: ask the "
+            "endpoint.",
+            extra=OPERATIONAL,
+        ),
+    ] = ""
+    answers: Annotated[
+        str,
+        Meta(description="Folder of the job's answers: for each <shard> a <shard>.out.", extra=OPERATIONAL),
+    ] = ""
+
+
+class TransformInputParameters(Parameters, frozen=True, kw_only=True):
+    """Parameters of ``transform_input``."""
+
+    shard_offers: Annotated[
+        Count, Meta(description="Offers per file, which one instance of the job takes at a time.")
+    ] = 20_000
+    captured: Annotated[
+        str,
+        Meta(
+            description="Folder of what the endpoint captured of its requests and answers: whatever is in "
+            "there when the artifact is made. Empty: nothing.",
+            extra=OPERATIONAL,
+        ),
+    ] = ""
 
 
 class DriftReferenceParameters(Parameters, frozen=True, kw_only=True):
@@ -563,6 +591,14 @@ _CATALOGUE = (
         entry_point="ml.serving.benchmark:compare_serving",
         parameters=ServingBenchmarkParameters,
         inputs=("serving_measurement",),
+    ),
+    Stage(
+        name="transform_input",
+        version="1",
+        summary="Prepare a day's clean offers for a bulk job, without those that captured answers cover.",
+        entry_point="ml.serving.transform_input:write_transform_input",
+        parameters=TransformInputParameters,
+        inputs=("offers", "compiled_student"),
     ),
     Stage(
         name="catalogued_offers",

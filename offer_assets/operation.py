@@ -16,7 +16,6 @@ from ml.evaluation.verification import same_offers
 from ml.stages import (
     SERVABLE,
     STAGES,
-    CataloguedOffersParameters,
     DriftParameters,
     DriftReferenceParameters,
 )
@@ -25,8 +24,8 @@ from offer_assets.checks import answer_result, partitioned_check
 from offer_assets.metadata import materialization, picture, row_count, schema, table
 from offer_assets.taxonomy import taxonomy_in_force
 from resources.artifact_store import ArtifactStore
+from resources.cataloguing import Cataloguing
 from resources.compute import AnyContext, Compute, StageResult
-from resources.endpoints import Endpoints, variant_name
 from resources.failures import input_errors_fail_plainly
 from resources.tracking import Tracking
 
@@ -64,21 +63,10 @@ def operation_assets(days: dg.DailyPartitionsDefinition) -> list[dg.AssetsDefini
         context: dg.AssetExecutionContext,
         offers: ArtifactRef,
         offer_endpoint: ArtifactRef,
-        compute: Compute,
-        endpoints: Endpoints,
+        cataloguing: Cataloguing,
     ) -> dg.MaterializeResult:
-        """Clean offers of one day with their category, as the endpoint answered."""
-        status = endpoints.status()
-        if status is None:
-            context.log.info("the endpoint does not answer (a restart of the machine?): bringing it up again")
-            with endpoints.releasing():
-                status = endpoints.deploy(compute.folder(offer_endpoint), offer_endpoint)
-        result = compute.run(
-            context,
-            "catalogued_offers",
-            {"offers": offers, "compiled_student": offer_endpoint},
-            CataloguedOffersParameters(endpoint_url=status.url, variant=variant_name(offer_endpoint)),
-        )
+        """Clean offers of one day with their category, as the serving model answered."""
+        result = cataloguing.catalogue(context, context.partition_key, offers, offer_endpoint)
         return materialization(result, metadata=row_count(result.manifest.metrics["offers"]))
 
     @dg.asset(

@@ -41,6 +41,10 @@ def _instance_type(value: str) -> str:
     return value
 
 
+def _bulk_instance_type(value: str) -> str:
+    return _instance_type(value) if value else ""
+
+
 def _absolute(value: str) -> str:
     return str(Path(value).expanduser().absolute()) if value else ""
 
@@ -152,6 +156,25 @@ class AwsSettings(BaseSettings):
         validation_alias="OFFER_ASSETS_AWS_CAPTURE_PERCENT",
         description="Share of requests that the endpoint writes to S3; catalogued_offers does not ask for "
         "their offers again. 0: none.",
+    )
+    aws_bulk_instance_type: Annotated[str, AfterValidator(_bulk_instance_type)] = Field(
+        default="",
+        validation_alias="OFFER_ASSETS_AWS_BULK_INSTANCE_TYPE",
+        description="Instance type of the jobs that catalogue a day. Empty: the endpoint's.",
+    )
+    aws_bulk_instances: int = Field(
+        default=2,
+        ge=1,
+        le=100,
+        validation_alias="OFFER_ASSETS_AWS_BULK_INSTANCES",
+        description="Instances that share such a job.",
+    )
+    aws_bulk_from: int = Field(
+        default=5_000,
+        ge=0,
+        validation_alias="OFFER_ASSETS_AWS_BULK_FROM",
+        description="From so many offers on a day is catalogued by a job, which takes minutes to start; "
+        "fewer are sent to the endpoint. 0: always by a job.",
     )
     postgres_url: str = Field(
         default="",

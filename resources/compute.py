@@ -85,17 +85,27 @@ class Compute(dg.ConfigurableResource[Any], ABC):
             dg.Failure: the stage ended otherwise (a crash, a kill). It may be retried, and continues
                 from its last checkpoint.
         """
-        stage = stage_named(stage_name)
-        flat = _by_partition(inputs)
-        key = key_of(stage, parameters, {name: ref.digest for name, ref in flat.items()})
-        if found := self.store.find(stage.name, key):
-            context.log.info(f"{stage.name} is unchanged: found {found.uri}")
-            return self._result(found, reused=True)
+        if found := self.find(context, stage_name, inputs, parameters):
+            return found
+        stage, flat = stage_named(stage_name), _by_partition(inputs)
+        key = _key(stage, flat, parameters)
         self._make(context, stage, key, StageWork(inputs=flat, parameters=parameters))
         made = self.store.find(stage.name, key)
         if made is None:
             raise InputError(f"{stage.name} {key} was made, but the store does not have it: run again")
         return self._result(made, reused=False)
+
+    @input_errors_fail_plainly()
+    def find(
+        self, context: AnyContext, stage_name: str, inputs: StageInputs, parameters: Parameters
+    ) -> StageResult | None:
+        """What :meth:`run` would find made; None: it would have to make it."""
+        stage = stage_named(stage_name)
+        found = self.store.find(stage.name, _key(stage, _by_partition(inputs), parameters))
+        if found is None:
+            return None
+        context.log.info(f"{stage.name} is unchanged: found {found.uri}")
+        return self._result(found, reused=True)
 
     @input_errors_fail_plainly()
     def folder(self, ref: ArtifactRef) -> Path:
@@ -199,6 +209,10 @@ def _by_partition(inputs: StageInputs) -> dict[str, ArtifactRef]:
         else:
             flat |= {f"{name}/{partition}": ref for partition, ref in given.items()}
     return flat
+
+
+def _key(stage: Stage, inputs: Mapping[str, ArtifactRef], parameters: Parameters) -> str:
+    return key_of(stage, parameters, {name: ref.digest for name, ref in inputs.items()})
 
 
 def _run_program(context: AnyContext, program: str, spec: StageSpec) -> None:

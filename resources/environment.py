@@ -7,6 +7,7 @@ from typing import Any
 from resources.alerting import OutboxAlerts
 from resources.artifact_store import FolderArtifactStore
 from resources.aws import AwsAccess
+from resources.cataloguing import EndpointCataloguing
 from resources.compute import LocalCompute
 from resources.corrections_feed import CorrectionsFeed, DemoCorrectionsFeed
 from resources.feed_name import feed_name
@@ -21,6 +22,7 @@ from resources.settings import Settings
 from resources.taxonomy_policy import TaxonomyPolicy
 from resources.taxonomy_source import DemoTaxonomySource, TaxonomySource
 from resources.tracking import MlflowTracking
+from resources.transform_cataloguing import TransformCataloguing
 
 
 def resources_for(settings: Settings) -> dict[str, Any]:
@@ -47,17 +49,20 @@ def resources_for(settings: Settings) -> dict[str, Any]:
 def _here(settings: Settings) -> dict[str, Any]:
     """Folders, processes and files of this machine."""
     store = FolderArtifactStore(root=str(settings.home / "artifacts"), feed=feed_name(settings))
+    compute = LocalCompute(store=store)
+    endpoints = LocalEndpoints(
+        home=str(settings.home),
+        port=settings.endpoint_port,
+        workers=settings.endpoint_workers,
+        **_rollout(settings),
+    )
     return {
         "artifact_store": store,
         "io_manager": ArtifactRefIOManager(store=store),
-        "compute": LocalCompute(store=store),
+        "compute": compute,
         "tracking": MlflowTracking(tracking_uri=settings.tracking_uri, model_name=settings.model_name),
-        "endpoints": LocalEndpoints(
-            home=str(settings.home),
-            port=settings.endpoint_port,
-            workers=settings.endpoint_workers,
-            **_rollout(settings),
-        ),
+        "endpoints": endpoints,
+        "cataloguing": EndpointCataloguing(compute=compute, endpoints=endpoints),
     }
 
 
@@ -78,17 +83,29 @@ def _in_aws(settings: Settings) -> dict[str, Any]:
     store = S3ArtifactStore(
         aws=aws, location=settings.aws_store, feed=feed_name(settings), home=str(settings.home)
     )
+    compute = SageMakerCompute(
+        aws=aws,
+        store=store,
+        training_image=settings.aws_training_image,
+        neuron_image=settings.aws_neuron_image,
+        name=name,
+        jobs=settings.aws_jobs,
+    )
+    endpoints = SageMakerEndpoints(
+        aws=aws,
+        location=settings.aws_store,
+        name=name,
+        **images,
+        instance_type=settings.aws_endpoint_instance_type,
+        min_instances=settings.aws_endpoint_min_instances,
+        max_instances=settings.aws_endpoint_max_instances,
+        capture_percent=settings.aws_capture_percent,
+        **_rollout(settings),
+    )
     return {
         "artifact_store": store,
         "io_manager": ArtifactRefIOManager(store=store),
-        "compute": SageMakerCompute(
-            aws=aws,
-            store=store,
-            training_image=settings.aws_training_image,
-            neuron_image=settings.aws_neuron_image,
-            name=name,
-            jobs=settings.aws_jobs,
-        ),
+        "compute": compute,
         "tracking": SageMakerRegistry(
             inner=MlflowTracking(tracking_uri=settings.tracking_uri, model_name=settings.model_name),
             aws=aws,
@@ -96,16 +113,17 @@ def _in_aws(settings: Settings) -> dict[str, Any]:
             store=settings.aws_store,
             **images,
         ),
-        "endpoints": SageMakerEndpoints(
+        "endpoints": endpoints,
+        "cataloguing": TransformCataloguing(
+            compute=compute,
+            endpoints=endpoints,
             aws=aws,
-            location=settings.aws_store,
+            store=store,
             name=name,
             **images,
-            instance_type=settings.aws_endpoint_instance_type,
-            min_instances=settings.aws_endpoint_min_instances,
-            max_instances=settings.aws_endpoint_max_instances,
-            capture_percent=settings.aws_capture_percent,
-            **_rollout(settings),
+            instance_type=settings.aws_bulk_instance_type or settings.aws_endpoint_instance_type,
+            instances=settings.aws_bulk_instances,
+            bulk_from=settings.aws_bulk_from,
         ),
     }
 

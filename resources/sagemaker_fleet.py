@@ -129,8 +129,10 @@ class FleetRequests(msgspec.Struct, frozen=True, kw_only=True):
     """By target of the compiled student."""
     instance_type: str
     instances: int
-    capture_percent: int
-    capture_uri: str
+    capture_percent: int = 0
+    capture_uri: str = ""
+    instance_setting: str = "OFFER_ASSETS_AWS_ENDPOINT_INSTANCE_TYPE"
+    """Where people set the instance type."""
 
     def model(self, folder: Path, ref: ArtifactRef) -> Model:
         """How a compiled student is served.
@@ -224,7 +226,7 @@ class FleetRequests(msgspec.Struct, frozen=True, kw_only=True):
             )
         if (facts.target == "neuron") != bool(_NEURON.match(self.instance_type)):
             raise InputError(
-                f"OFFER_ASSETS_AWS_ENDPOINT_INSTANCE_TYPE={self.instance_type} does not run what is compiled "
+                f"{self.instance_setting}={self.instance_type} does not run what is compiled "
                 f"for {facts.target} (model {ref.version}); neuron needs ml.inf2 or ml.trn1, cpu any other"
             )
         return facts

@@ -25,7 +25,6 @@ _KEY_DIGITS = 16
 _RESTARTS = 2
 """After internal errors of the service; interruptions of spot instances do not count."""
 _OWN_DISK = re.compile(r"ml\.(g[4-9]|p[4-9]|p3dn|trn|[cmr]\d+[a-z]*d)")
-"""Types whose disk is encrypted by its own hardware; the service refuses to be given a key for it."""
 _METRICS = {"training:loss": "loss", "validation:accuracy": "validation accuracy"}
 """Figures of progress lines that the service plots; in messages of Pipes the same lines begin with ``{``."""
 _FAILED_FOR_GOOD = re.compile(rf"(?:AlgorithmError: )?{INPUT_ERROR}(.*?)(?:, exit code: \d+)?", re.DOTALL)
@@ -105,7 +104,7 @@ class JobRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     def _resources(self, aws: AwsAccess) -> dict[str, Any]:
         machines = self.machines
-        has_key = aws.kms_key and not _OWN_DISK.match(machines.instance_type)
+        has_key = aws.kms_key and not has_own_disk(machines.instance_type)
         return {
             "InstanceType": machines.instance_type,
             "InstanceCount": machines.instance_count,
@@ -123,6 +122,11 @@ def job_name(prefix: str, stage: str, key: str, attempt: int) -> str:
     """Name of the n-th job that is to make an artifact, counted from 1: the same for whoever asks."""
     rest = f"-{stage.replace('_', '-')}-{key[:_KEY_DIGITS]}-{attempt}"
     return prefix[: _NAME_CHARACTERS - len(rest)].rstrip("-") + rest
+
+
+def has_own_disk(instance_type: str) -> bool:
+    """Whether its disk is encrypted by its own hardware; the service refuses to be given a key for it."""
+    return bool(_OWN_DISK.match(instance_type))
 
 
 def output_path(location: str) -> str:

@@ -2,6 +2,7 @@
 
 Requests overlap, answers are put back in order, finished shards survive a kill. The endpoint has to
 serve the very model that the artifact is derived from, or its digest would not say where it comes from.
+Where a bulk job has answered already (:mod:`ml.serving.transform_input`), only its answers are put together.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import asyncio
 import random
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from ml.artifacts import read_manifest, short_version
 from ml.errors import InputError
 from ml.progress import Bar
 from ml.runner import StageContext
-from ml.serving.predictor import PREDICTION_SCHEMA, TEXT_COLUMNS, Prediction, prediction_table
+from ml.serving.answers import answered_tables
+from ml.serving.predictor import PREDICTION_SCHEMA, Prediction, prediction_table
+from ml.serving.sent import encoded_offers, in_requests
 from ml.serving.variants import TARGET_VARIANT_HEADER
 from ml.stages import CataloguedOffersParameters
 
@@ -33,12 +36,6 @@ CATALOGUED_FILE = "catalogued.parquet"
 
 _SHARD_OFFERS = 10_000
 """What a kill can cost; also a row group of the result."""
-
-_REQUEST_BYTES = 4 << 20
-"""Requests are cut here too, well below what an endpoint accepts (6,291,456)."""
-
-_SENT_CHARACTERS = 10_000
-"""Of each column; the text a model reads is made of the first 2,000."""
 
 _SECONDS_TO_CONNECT = 5.0
 _SECONDS_TO_ANSWER = 60.0
@@ -73,25 +70,23 @@ def catalogue_offers(context: StageContext, parameters: CataloguedOffersParamete
         this run ``seconds`` and ``offers_per_second``.
 
     Raises:
-        InputError: nothing answers at ``endpoint_url``, or another model version does.
+        InputError: nothing answers at ``endpoint_url``, or another model version does; or the answers of a
+            bulk job are not one for each offer, by this version.
         EndpointUnavailableError: it stopped to answer half way; the next run goes on from there.
     """
     path = context.input("offers") / OFFERS_FILE
     total = pq.read_metadata(path).num_rows
     version = short_version(read_manifest(context.input("compiled_student")).digest)
-    _keep_only_shards_of(f"{version} {read_manifest(context.input('offers')).digest}", context.checkpoints)
-    done = _offers_in(_shards(context.checkpoints))
-    if done:
-        context.progress.say(f"going on after {done:,} offers")
     started_at = time.monotonic()
-    with context.progress.bar("cataloguing", total, "offers", done) as bar:
-        asyncio.run(_send_all(path, context.checkpoints, version, parameters, bar))
+    if parameters.prepared:
+        done, tables = 0, answered_tables(context, parameters, version)
+    else:
+        done = _ask_endpoint(context, parameters, path, total, version)
+        tables = (pq.read_table(shard, schema=PREDICTION_SCHEMA) for shard in _shards(context.checkpoints))
+    written, catalogued, confidence = _write(tables, context.output / CATALOGUED_FILE)
+    if written != total:
+        raise RuntimeError(f"{total:,} offers went out, {written:,} rows came back")
     seconds = time.monotonic() - started_at
-
-    shards = _shards(context.checkpoints)
-    if _offers_in(shards) != total:
-        raise RuntimeError(f"{total:,} offers went out, {_offers_in(shards):,} rows came back")
-    catalogued, confidence = _join(shards, context.output / CATALOGUED_FILE)
     context.progress.say(f"{total:,} offers catalogued by model {version}")
     return {
         "offers": total,
@@ -100,6 +95,21 @@ def catalogue_offers(context: StageContext, parameters: CataloguedOffersParamete
         "seconds": round(seconds, 3),
         "offers_per_second": round((total - done) / max(seconds, 1e-9), 1),
     }
+
+
+def _ask_endpoint(
+    context: StageContext, parameters: CataloguedOffersParameters, path: Path, total: int, version: str
+) -> int:
+    """Have the endpoint answer whatever finished shards lack; returns the offers that these had already."""
+    if not parameters.endpoint_url:
+        raise InputError("catalogued_offers needs endpoint_url, or prepared and answers of a bulk job")
+    _keep_only_shards_of(f"{version} {read_manifest(context.input('offers')).digest}", context.checkpoints)
+    done = _offers_in(_shards(context.checkpoints))
+    if done:
+        context.progress.say(f"going on after {done:,} offers")
+    with context.progress.bar("cataloguing", total, "offers", done) as bar:
+        asyncio.run(_send_all(path, context.checkpoints, version, parameters, bar))
+    return done
 
 
 async def _send_all(
@@ -216,29 +226,9 @@ def _pause(attempt: int) -> float:
 
 def _requests(path: Path, skip: int, size: int) -> Iterator[_Request]:
     """The offers of a Parquet file behind the first ``skip``, ``size`` at a time."""
-    offers, offer_ids, byte_count = list[bytes](), list[str](), 0
-    with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(max(size, 1024), columns=["offer_id", *TEXT_COLUMNS]):
-            kept = batch.slice(min(skip, batch.num_rows))
-            skip -= batch.num_rows - kept.num_rows
-            for offer in kept.to_pylist():
-                encoded = msgspec.json.encode(_sent(offer))
-                if offers and (len(offers) == size or byte_count + len(encoded) > _REQUEST_BYTES):
-                    yield _request(offers, offer_ids)
-                    offers, offer_ids, byte_count = [], [], 0
-                offers.append(encoded)
-                offer_ids.append(offer["offer_id"])
-                byte_count += len(encoded)
-    if offers:
-        yield _request(offers, offer_ids)
-
-
-def _request(offers: list[bytes], offer_ids: list[str]) -> _Request:
-    return _Request(b'{"offers":[' + b",".join(offers) + b"]}", offer_ids)
-
-
-def _sent(offer: Mapping[str, str | None]) -> dict[str, str]:
-    return {name: value[:_SENT_CHARACTERS] for name, value in offer.items() if value is not None}
+    for offers in in_requests(encoded_offers(path, skip, max(size, 1024)), size):
+        body = b'{"offers":[' + b",".join(offer.json for offer in offers) + b"]}"
+        yield _Request(body, [offer.offer_id for offer in offers])
 
 
 def _shards(checkpoints: Path) -> list[Path]:
@@ -266,13 +256,13 @@ def _write_shard(checkpoints: Path, number: int, tables: list[pa.Table]) -> None
     partial.rename(path)
 
 
-def _join(shards: list[Path], output: Path) -> tuple[int, float]:
-    """Write all shards as one file; returns the rows with a category and the sum of their confidence."""
-    catalogued, confidence = 0, 0.0
+def _write(tables: Iterable[pa.Table], output: Path) -> tuple[int, int, float]:
+    """Write all tables as one file; returns rows, those with a category, and the sum of their confidence."""
+    written, catalogued, confidence = 0, 0, 0.0
     with pq.ParquetWriter(output, PREDICTION_SCHEMA, compression="zstd") as writer:
-        for shard in shards:
-            table = pq.read_table(shard, schema=PREDICTION_SCHEMA)
+        for table in tables:
             writer.write_table(table)
+            written += table.num_rows
             catalogued += table.num_rows - table["category_id"].null_count
             confidence += pc.sum(table["confidence"]).as_py() or 0.0
-    return catalogued, confidence
+    return written, catalogued, confidence

@@ -21,6 +21,7 @@ import msgspec
 from ml.errors import InputError
 from ml.serving.app import Answer, DrainingServer, Refusal, ServingApp
 from ml.serving.predictor import Prediction, Predictor
+from ml.serving.sent import JSON_LINES
 from ml.serving.server import Listening, bound_socket
 from ml.serving.variants import (
     LOW_CONFIDENCE,
@@ -30,12 +31,6 @@ from ml.serving.variants import (
     variant_of,
 )
 
-_JSON_LINES = (
-    "application/jsonlines",
-    "application/x-jsonlines",
-    "application/x-ndjson",
-    "application/jsonl",
-)
 _SECONDS_PER_LINE = 30
 
 
@@ -75,20 +70,21 @@ class PredictorAnswers:
             raise Refusal(400, f"there is no variant {wanted} here: {self._variant} serves")
         content_type = headers.get("content-type", "").split(";")[0].strip().lower()
         loop = asyncio.get_running_loop()
-        answer, offers, unsure = await loop.run_in_executor(
-            self._inference, self._predict, body, content_type
-        )
+        predictions = await loop.run_in_executor(self._inference, self._predict, body, content_type)
+        offers, unsure = len(predictions), _unsure(predictions)
         self._tally.add(offers, unsure)
-        return Answer(body=answer, headers={OFFERS_HEADER: f"{offers};{unsure}"})
+        counted = {OFFERS_HEADER: f"{offers};{unsure}"}
+        if accepted := _accepted_lines(headers):
+            lines = msgspec.json.Encoder().encode_lines(predictions)
+            return Answer(body=lines, headers={"content-type": accepted, **counted})
+        return Answer(body=msgspec.json.encode(_Predictions(predictions)), headers=counted)
 
     def close(self) -> None:
         """Tell what was not told yet."""
         self._tally.tell()
 
-    def _predict(self, body: bytes, content_type: str) -> tuple[bytes, int, int]:
-        offers = _decode_lines(body) if content_type in _JSON_LINES else _decode(body)
-        predictions = self._predictor.predict(offers)
-        return msgspec.json.encode(_Predictions(predictions)), len(predictions), _unsure(predictions)
+    def _predict(self, body: bytes, content_type: str) -> list[Prediction]:
+        return self._predictor.predict(_decode_lines(body) if content_type in JSON_LINES else _decode(body))
 
 
 class _Tally:
@@ -128,6 +124,12 @@ class _Tally:
 def _unsure(predictions: Sequence[Prediction]) -> int:
     """Predictions without a category, or of which the model is less than half sure."""
     return sum((prediction.confidence or 0.0) < LOW_CONFIDENCE for prediction in predictions)
+
+
+def _accepted_lines(headers: Mapping[str, str]) -> str:
+    """The type of JSON lines that the client wants its answer in; empty: it takes one object of JSON."""
+    wanted = headers.get("accept", "").split(",")[0].split(";")[0].strip().lower()
+    return wanted if wanted in JSON_LINES else ""
 
 
 def _decode(body: bytes) -> list[dict[str, Any]]:

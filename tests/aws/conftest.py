@@ -11,6 +11,9 @@ from botocore.loaders import create_loader
 
 from resources.aws import AwsAccess, forget_clients
 from tests.aws.stand_in import ACCOUNT, REGION, StandIn, environment, running
+from tests.ml.compiled_models import compiled_root, compiled_student
+
+__all__ = ["compiled_root", "compiled_student"]
 
 BUCKET = "offer-assets-tests"
 

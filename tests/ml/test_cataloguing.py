@@ -18,8 +18,10 @@ from ml.offers import CLEAN_SCHEMA, offer_text
 from ml.progress import Progress
 from ml.runner import StageSpec, run_stage
 from ml.serving import cataloguing
+from ml.serving import sent as sent_offers
 from ml.serving.cataloguing import EndpointUnavailableError
 from ml.serving.predictor import PREDICTION_SCHEMA, Prediction, Predictor, prediction_table
+from ml.serving.sent import sent
 from tests.ml.compiled_models import TITLES, seal
 from tests.ml.test_serving import serving
 
@@ -131,7 +133,7 @@ def test_answers_for_other_offers_are_refused(compiled_student, tmp_path):
 
 
 def test_requests_stay_below_the_limit_of_the_endpoint(compiled_student, tmp_path, monkeypatch):
-    monkeypatch.setattr(cataloguing, "_REQUEST_BYTES", 30_000)
+    monkeypatch.setattr(sent_offers, "_REQUEST_BYTES", 30_000)
     sizes = []
     answer = _answering(compiled_student)
 
@@ -148,7 +150,7 @@ def test_requests_stay_below_the_limit_of_the_endpoint(compiled_student, tmp_pat
 
 def test_cutting_what_is_sent_does_not_change_the_text_that_a_model_reads():
     offer = {"title": "word " * 9000, "brand": "Bosch", "description": "tag <b>" * 9000}
-    assert offer_text(cataloguing._sent(offer)) == offer_text(offer)
+    assert offer_text(sent(offer)) == offer_text(offer)
 
 
 def test_after_a_kill_finished_shards_are_not_sent_again(compiled_student, tmp_path):

@@ -95,6 +95,16 @@ def test_json_lines_are_understood(server):
     assert answer.json() == server.post(OFFERS[:3]).json()
 
 
+@pytest.mark.parametrize("wanted", ["application/jsonlines", "application/x-ndjson; q=1, */*"])
+def test_an_answer_in_json_lines_has_one_for_each_offer_in_order(server, wanted):
+    offers = [*OFFERS[:3], {"offer_id": "bad"}]
+    answer = server.post(offers, headers={"accept": wanted})
+    assert answer.headers["content-type"] == wanted.split(";")[0]
+    assert answer.content.endswith(b"}\n")
+    lines = [json.loads(line) for line in answer.content.split(b"\n")[:-1]]
+    assert lines == server.post(offers, headers={"accept": "*/*"}).json()["predictions"]
+
+
 def test_an_answer_says_of_how_many_offers_the_model_is_unsure(server, compiled_student):
     offers = [*OFFERS, {"offer_id": "bad"}]
     predictions = Predictor.load(compiled_student).predict(offers)

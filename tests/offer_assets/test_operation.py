@@ -20,6 +20,7 @@ from ml.stages import DriftParameters, DriftReferenceParameters, Parameters, sta
 from offer_assets.jobs import CATALOGUE_DAY, catalogue_day
 from offer_assets.operation import drift_reference, operation_assets, operation_checks
 from offer_assets.partitions import days_from
+from resources.cataloguing import EndpointCataloguing
 from resources.compute import LocalCompute, StageResult
 from resources.endpoints import Endpoints, EndpointStatus
 from resources.io_manager import ArtifactRefIOManager
@@ -212,8 +213,8 @@ class Operation:
         with_endpoint = {
             "artifact_store": self.store,
             "io_manager": ArtifactRefIOManager(store=self.store),
-            "compute": StandInStages(store=self.store),
-            "endpoints": DeadEndpoints(),
+            "compute": (compute := StandInStages(store=self.store)),
+            "cataloguing": EndpointCataloguing(compute=compute, endpoints=DeadEndpoints()),
             "tracking": self.world.tracking,
         }
         definitions = dg.Definitions(
@@ -310,7 +311,6 @@ def test_a_day_is_held_against_the_reference_of_the_model_that_catalogued_it(ope
         "io_manager": ArtifactRefIOManager(store=operation.store),
         "compute": StandInStages(store=operation.store),
         "tracking": operation.world.tracking,
-        "endpoints": DeadEndpoints(),
     }
     _, _, drift_report = operation_assets(DAYS)
     specs = [dg.AssetSpec(name) for name in ("offer_endpoint", "taxonomy_change")]

@@ -10,6 +10,7 @@ import pytest
 
 from resources.alerts import Alerts
 from resources.artifact_store import ArtifactStore
+from resources.cataloguing import Cataloguing
 from resources.compute import Compute
 from resources.corrections_feed import CorrectionsFeed, DemoCorrectionsFeed
 from resources.endpoints import Endpoints
@@ -56,6 +57,7 @@ def test_the_local_environment_has_every_door(tmp_path):
         "compute": Compute,
         "tracking": Tracking,
         "endpoints": Endpoints,
+        "cataloguing": Cataloguing,
         "offer_feed": OfferFeed,
         "taxonomy_source": TaxonomySource,
         "taxonomy_policy": TaxonomyPolicy,
