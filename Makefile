@@ -6,7 +6,17 @@ BIN := $(VENV)/bin
 RUN_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 WORKERS ?= 2
 
-.PHONY: help demo dev test lint format stop benchmarks demo-drift demo-taxonomy clean
+# Where images go and what they are called: REPOSITORY/serving:TAG and so on (deploy/images/README.md).
+REPOSITORY ?= offer-assets
+TAG ?= $(shell git rev-parse HEAD)
+IMAGES ?= serving training neuron dagster
+BUILD_ARGUMENTS ?=
+# The Dagster UI that `make train` asks (default: OFFER_ASSETS_UI_URL), and what it compiles for.
+DAGSTER_URL ?=
+TARGET ?= cpu
+
+.PHONY: help demo dev test lint format stop benchmarks demo-drift demo-taxonomy clean \
+  audit images push deploy train
 .DEFAULT_GOAL := help
 
 help: ## Say what each command does
@@ -43,6 +53,24 @@ format: $(VENV)/.installed-dev ## Bring the code into shape
 benchmarks: $(VENV)/.installed-dev ## Measure every figure that the README quotes
 	@$(BIN)/python -m benchmarks
 
+audit: $(VENV)/.installed-audit ## Hold every pinned dependency against the known vulnerabilities (needs the network)
+	@$(BIN)/pip-audit --requirement constraints.txt --strict --no-deps --disable-pip --progress-spinner off
+
+images: ## Build the images (IMAGES, REPOSITORY, TAG, BUILD_ARGUMENTS; needs Docker)
+	@set -e; for image in $(IMAGES); do \
+	  docker build --file deploy/images/$$image.Dockerfile --tag $(REPOSITORY)/$$image:$(TAG) \
+	    --build-arg CODE_REVISION=$(TAG) $(BUILD_ARGUMENTS) .; done
+
+push: ## Push what `make images` built (log in to the registry first)
+	@set -e; for image in $(IMAGES); do docker push $(REPOSITORY)/$$image:$(TAG); done
+
+deploy: ## Start or replace Dagster's containers on this machine at TAG (deploy/compose.example.yaml)
+	@REPOSITORY=$(REPOSITORY) TAG=$(TAG) docker compose --file deploy/compose.example.yaml up --detach --wait
+
+train: $(VENV)/.installed ## Train and release on a deployment (DAGSTER_URL, TARGET) and wait for the outcome
+	@$(BIN)/python -m offer_assets launch train_and_release --partition $(TARGET) \
+	  $(if $(DAGSTER_URL),--url $(DAGSTER_URL))
+
 clean: ## Remove the virtual environment and caches (not OFFER_ASSETS_HOME)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
@@ -60,4 +88,8 @@ $(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "Installing what the tests need"
 	@$(RUN_INSTALL) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-audit: $(BIN)/python pyproject.toml constraints.txt
+	@$(RUN_INSTALL) pip-audit
 	@touch $@

@@ -48,15 +48,18 @@ def _parser() -> argparse.ArgumentParser:
     _add_program(
         commands, "serve", "ml.serving.server", "Answer /ping and /invocations with a compiled model."
     )
+    _add_program(commands, "train", "ml.training_job", "Run the stage that lies in /opt/ml, in a container.")
+    _add_rank(commands)
     _add_program(
         commands,
         "route",
         "ml.serving.router",
         "One port for several compiled models, by weight.",
     )
-    _add_program(commands, "train", "ml.training_job", "Run the stage that lies in /opt/ml, in a container.")
-    _add_rank(commands)
     _add_program(commands, "demo-feed", "ml.demo.feed", "Write days of the demo feed, and its taxonomies.")
+    _add_program(
+        commands, "device-report", "ml.serving.device_measurement", "Measure a compiled model on this host."
+    )
     return parser
 
 

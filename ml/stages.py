@@ -16,6 +16,8 @@ import msgspec
 from msgspec import Meta
 
 from ml.errors import InputError
+from ml.serving.device_report import DeviceReport
+from ml.serving.prices import InstancePrice
 
 OPERATIONAL = {"operational": True}
 """Marks a parameter that says how the work is done, not what comes out: it is not part of the key."""
@@ -274,8 +276,12 @@ class EvaluationParameters(Parameters, frozen=True, kw_only=True):
 class CompileParameters(Parameters, frozen=True, kw_only=True):
     """Parameters of ``compiled_student``."""
 
-    target: Literal["cpu", "neuron"] = "cpu"
+    target: Literal["cpu", "neuron", "torchscript"] = "cpu"
     parity_offers: Annotated[Count, Meta(description="Offers that both models are compared on.")] = 2_000
+    sdk: Annotated[
+        str,
+        Meta(description="Version of torch-neuronx that has to compile; empty: whichever is there."),
+    ] = ""
 
 
 class RenamedStudentParameters(Parameters, frozen=True, kw_only=True):
@@ -374,6 +380,35 @@ class LiveQualityParameters(Parameters, frozen=True, kw_only=True):
         Count, Meta(description="The newest of them, which are held against the others.")
     ] = 7
     seed: Seed = 17
+
+
+class ServingMeasurementParameters(Parameters, frozen=True, kw_only=True):
+    """Parameters of ``serving_measurement``."""
+
+    machine: Annotated[
+        str,
+        Meta(description="What it is measured on; must be this machine. Figures of another are others."),
+    ]
+    seconds: Annotated[float, Meta(gt=0, le=3_600, description="Length of each of six measurements.")] = 2.0
+    offers: Annotated[Count, Meta(description="Offers on which model and original are compared.")] = 500
+    attempt: Annotated[Count, Meta(description="Another number measures again what did not change.")] = 1
+
+
+class ServingBenchmarkParameters(Parameters, frozen=True, kw_only=True):
+    """Parameters of ``serving_benchmark``."""
+
+    prices: Annotated[list[InstancePrice], Meta(description="Instance types, what they cost and have; JSON.")]
+    prices_from: Annotated[str, Meta(description="Region and date of the prices, in words.")]
+    reports: Annotated[
+        list[DeviceReport], Meta(description="What was measured of the same student on other hosts.")
+    ] = []
+    peak_offers_per_second: Annotated[
+        float, Meta(gt=0, description="Load that the instances must bear together, one of them missing.")
+    ] = 80_000.0
+    p99_milliseconds: Annotated[
+        float, Meta(gt=0, description="One request in a hundred may take longer.")
+    ] = 2_000.0
+    max_instances: Annotated[Count, Meta(description="Instances that an endpoint may have.")] = 20
 
 
 @dataclass(frozen=True)
@@ -547,6 +582,23 @@ _CATALOGUE = (
         entry_point="ml.serving.transform_input:write_transform_input",
         parameters=TransformInputParameters,
         inputs=("offers", "compiled_student"),
+    ),
+    Stage(
+        name="serving_measurement",
+        version="1",
+        summary="Measure the compiled student on this machine: throughput, and latency over HTTP.",
+        entry_point="ml.serving.measurement:measure_serving",
+        parameters=ServingMeasurementParameters,
+        inputs=("compiled_student", "student_checkpoint", "evaluation_set"),
+        heavy=True,
+    ),
+    Stage(
+        name="serving_benchmark",
+        version="1",
+        summary="Say what instances cost that serve the student, and which is the cheapest.",
+        entry_point="ml.serving.benchmark:compare_serving",
+        parameters=ServingBenchmarkParameters,
+        inputs=("serving_measurement",),
     ),
     Stage(
         name="catalogued_offers",

@@ -151,6 +151,29 @@ def _deploy(settings: Settings, _options: argparse.Namespace) -> int:
     return 0 if deploy(settings) else 1
 
 
+def _jobs(settings: Settings, _options: argparse.Namespace) -> int:
+    """Show which heavy stages run as jobs in AWS, on what and at what cost at most; starts nothing."""
+    from resources.job_plan import plan_table, read_plan
+
+    print(plan_table(read_plan(settings.aws_jobs)))
+    return 0
+
+
+def _launch(settings: Settings, options: argparse.Namespace) -> int:
+    """Start a job on a deployment through its UI, and wait for its outcome."""
+    from offer_assets.launch import launch
+
+    return 0 if launch(options.url or settings.ui_url, options.job, options.partition) else 1
+
+
+def _iam(settings: Settings, options: argparse.Namespace) -> int:
+    """Print a policy of deploy/ for the account that the settings name; nothing is applied."""
+    from offer_assets.iam import render
+
+    print(render(settings, options.document, options.repository))
+    return 0
+
+
 def _endpoint(settings: Settings, _options: argparse.Namespace) -> int:
     """Show what serves: variants, their shares, and what was seen of them."""
     from offer_assets.versions import endpoint_table
@@ -171,14 +194,6 @@ def _split(settings: Settings, options: argparse.Namespace) -> int:
     from offer_assets.versions import split
 
     return 0 if split(settings, **_given(options)) else 1
-
-
-def _jobs(settings: Settings, _options: argparse.Namespace) -> int:
-    """Show which heavy stages run as jobs in AWS, on what and at what cost at most; starts nothing."""
-    from resources.job_plan import plan_table, read_plan
-
-    print(plan_table(read_plan(settings.aws_jobs)))
-    return 0
 
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:
@@ -247,6 +262,19 @@ def _alert_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _launch_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("job", help="name of the job, such as train_and_release")
+    parser.add_argument("--url", default="", help="of the Dagster UI (default: OFFER_ASSETS_UI_URL)")
+    parser.add_argument("--partition", default="", help="for a job with partitions: cpu, 2026-11-01")
+
+
+def _iam_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "document", help="such as orchestrator, jobs-role or bucket-policy (deploy/iam/README.md)"
+    )
+    parser.add_argument("--repository", default="", help="owner/name on GitHub, for deployer-trust")
+
+
 _COMMANDS = {
     "demo": _demo,
     "demo-drift": _demo_drift,
@@ -260,10 +288,12 @@ _COMMANDS = {
     "reject": _reject,
     "rollback": _rollback,
     "deploy": _deploy,
+    "jobs": _jobs,
+    "launch": _launch,
+    "iam": _iam,
     "endpoint": _endpoint,
     "shadow": _shadow,
     "split": _split,
-    "jobs": _jobs,
 }
 
 _OPTIONS = {
@@ -272,6 +302,8 @@ _OPTIONS = {
     "approve": [_version_argument, _reason_options, _approval_options],
     "reject": [_version_argument, _reason_options],
     "rollback": [_earlier_version_argument, _reason_options],
+    "launch": [_launch_options],
+    "iam": [_iam_options],
     "shadow": [_shadow_options],
     "split": [_shares_argument, _reason_options],
 }

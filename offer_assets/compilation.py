@@ -1,16 +1,19 @@
 """The student, compiled for the hardware that serves it: one partition per target."""
 
 import dagster as dg
+import msgspec
 
 from ml.artifacts import ArtifactRef
 from ml.evaluation import gate
+from ml.serving.neuron import DEVICE_FAMILY, SDK_VERSION
 from ml.stages import STAGES, CompileParameters
 from offer_assets import policies
 from offer_assets.checks import check_result, partitioned_check
-from offer_assets.metadata import materialization
-from offer_assets.partitions import COMPILE_TARGETS
+from offer_assets.metadata import materialization, table
+from offer_assets.partitions import COMPILE_TARGETS, NEURON
 from offer_assets.taxonomy import taxonomy_in_force
 from resources.compute import Compute
+from resources.device_reports import DeviceReports
 from resources.tracking import Tracking
 
 
@@ -30,7 +33,7 @@ def compiled_student(
     compute: Compute,
     tracking: Tracking,
 ) -> dg.MaterializeResult:
-    """Servable model: int8 ONNX for `cpu`; `neuron` needs the AWS Neuron image and says so."""
+    """Servable model: int8 ONNX for `cpu`, bf16 programs for AWS Inferentia 2 for `neuron` (in its image)."""
     result = compute.run(
         context,
         "compiled_student",
@@ -39,13 +42,49 @@ def compiled_student(
             "evaluation_set": evaluation_set,
             "catalog_taxonomy": taxonomy_in_force(taxonomy_change, compute),
         },
-        CompileParameters(target=context.partition_key),
+        CompileParameters(
+            target=context.partition_key, sdk=SDK_VERSION if context.partition_key == NEURON else ""
+        ),
     )
     tracking.record(result.manifest, result.ref)
     return materialization(result)
 
 
 @partitioned_check(asset="compiled_student", partitions_def=COMPILE_TARGETS)
-def compiled_matches_uncompiled(compiled_student: ArtifactRef) -> dg.AssetCheckResult:
-    """Compiling changed next to no category on the same offers."""
+def compiled_matches_uncompiled(
+    context: dg.AssetCheckExecutionContext, compiled_student: ArtifactRef, device_reports: DeviceReports
+) -> dg.AssetCheckResult:
+    """Compiling changed next to no category on the same offers; for `neuron` a device report says so."""
+    if context.partition_key == NEURON:
+        return _matches_on_its_device(compiled_student, device_reports)
     return check_result(gate.compiled_matches_uncompiled(compiled_student.metrics, policies.GATE))
+
+
+def _matches_on_its_device(model: ArtifactRef, device_reports: DeviceReports) -> dg.AssetCheckResult:
+    """What the newest report of this very model says; none is a reason to measure, not to believe."""
+    found = device_reports.of(model.digest)
+    unreadable = {"unreadable_reports": table([{"problem": line} for line in found.unreadable])}
+    metadata = unreadable if found.unreadable else {}
+    report = found.newest
+    if report is None:
+        return dg.AssetCheckResult(
+            passed=False,
+            severity=dg.AssetCheckSeverity.WARN,
+            description=f"no device report of model {model.version} yet: run `python -m ml device-report "
+            f"--model … --student … --evaluation-set … --output REPORT.json` on an {DEVICE_FAMILY} host, put "
+            f"the file into {device_reports.location}, and materialize this partition again: the model is "
+            "found made, the check looks anew"
+            + (f" ({len(found.unreadable)} files there cannot be read)" if found.unreadable else ""),
+            metadata=metadata,
+        )
+    judged = check_result(gate.compiled_matches_uncompiled(report.gate_metrics, policies.GATE))
+    return judged._replace(
+        description=f"{judged.description} Measured on {report.instance_type} at {report.measured_at}.",
+        metadata={
+            **judged.metadata,
+            **metadata,
+            "instance_type": report.instance_type,
+            "offers_per_second": report.offers_per_second,
+            "latency": table([msgspec.to_builtins(latency) for latency in report.latency]),
+        },
+    )

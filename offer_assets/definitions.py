@@ -7,6 +7,7 @@ from typing import Any
 import dagster as dg
 
 from offer_assets import (
+    benchmark,
     compilation,
     evaluation,
     feed,
@@ -21,10 +22,11 @@ from offer_assets.headless import LOGGERS
 from offer_assets.incidents import ALERTS
 from offer_assets.jobs import JOBS, SCHEDULES
 from offer_assets.partitions import days_from
-from offer_assets.plan import RetrainPolicy, TrainingPlan
+from offer_assets.plan import RetrainPolicy, ServingLimits, TrainingPlan
 from offer_assets.preview import preview_taxonomy
 from offer_assets.promotion import PROMOTION_JOBS, ReleasePolicy
 from offer_assets.traffic import TRAFFIC_JOBS
+from resources.device_reports import DeviceReports
 from resources.environment import resources_for
 from resources.settings import Settings
 
@@ -55,6 +57,7 @@ def build_defs(settings: Settings, **resource_overrides: Any) -> dg.Definitions:
             models.student_checkpoint,
             evaluation.student_evaluation,
             compilation.compiled_student,
+            benchmark.serving_benchmark,
             release.model_version,
             release.offer_endpoint,
             *operation.operation_assets(days),
@@ -72,6 +75,7 @@ def build_defs(settings: Settings, **resource_overrides: Any) -> dg.Definitions:
             evaluation.student_is_not_worse_than_production,
             evaluation.no_segment_is_worse_than_production,
             compilation.compiled_matches_uncompiled,
+            benchmark.an_instance_meets_latency_and_peak_load,
             release.endpoint_answers,
             release.endpoint_answers_the_same,
             *operation.operation_checks(days),
@@ -94,6 +98,8 @@ def build_defs(settings: Settings, **resource_overrides: Any) -> dg.Definitions:
             "plan": TrainingPlan.from_settings(settings),
             "retrain_policy": RetrainPolicy.from_settings(settings),
             "release_policy": ReleasePolicy(approval=settings.approval),
+            "serving_limits": ServingLimits.from_settings(settings),
+            "device_reports": DeviceReports(location=settings.device_reports_location),
             **resource_overrides,
         },
         # Heavy stages are programs of their own: a process per step would only import everything once more.

@@ -22,6 +22,7 @@ START_ENDPOINT = "start_endpoint"
 CATALOGUE_DAY = "catalogue_day"
 PROCESS_DAY = "process_day"
 MEASURE_QUALITY = "measure_quality"
+BENCHMARK_SERVING = "benchmark_serving"
 
 _WEEKS_LOOKED_AT = 4
 """An outage of the whole feed is noticed for so long; a feed of workdays is expected on workdays only."""
@@ -107,6 +108,13 @@ measure_quality = dg.define_asset_job(
     "against it: what new corrections start by themselves.",
 )
 
+benchmark_serving = dg.define_asset_job(
+    BENCHMARK_SERVING,
+    selection=dg.AssetSelection.assets("serving_benchmark"),
+    description="Measure the compiled student on this machine (half a minute, best with nothing beside it), "
+    "and say which instance serves the peak load at the least cost. By hand: no release waits for it.",
+)
+
 JOBS = [
     adopt_taxonomy,
     refresh_names,
@@ -117,6 +125,7 @@ JOBS = [
     catalogue_day,
     process_day,
     measure_quality,
+    benchmark_serving,
 ]
 
 

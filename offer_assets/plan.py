@@ -8,15 +8,19 @@ import dagster as dg
 from pydantic import Field
 
 from ml.learning.encoder_files import encoder_digest
+from ml.serving.device_report import DeviceReport
+from ml.serving.prices import read_prices
 from ml.stages import (
     EvaluationSetParameters,
     MigratedLabelsParameters,
+    ServingBenchmarkParameters,
     StudentParameters,
     TeacherLabelsParameters,
     TeacherParameters,
     TrainingSampleParameters,
 )
 from offer_assets import policies
+from resources.failures import input_errors_fail_plainly
 from resources.settings import DEFAULT_CHECKS, Settings
 
 
@@ -108,4 +112,35 @@ class RetrainPolicy(dg.ConfigurableResource):
             checks=list(dict.fromkeys(checks)),
             after_days=settings.retrain_after_days,
             cooldown_days=settings.retrain_cooldown_days,
+        )
+
+
+class ServingLimits(dg.ConfigurableResource):
+    """What instances that serve have to do, and what they cost."""
+
+    prices: str = Field(description="TOML file with the prices; empty: the one that comes with the project.")
+    peak_offers_per_second: float = Field(description="Load that they bear with one of them missing.")
+    alarm_p99_milliseconds: int = Field(description="One request in a hundred may take longer.")
+    aws_endpoint_max_instances: int = Field(description="Instances that an endpoint may have.")
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> ServingLimits:
+        """The limits that the settings describe."""
+        return cls(**{name: getattr(settings, name) for name in cls.model_fields})
+
+    @input_errors_fail_plainly()
+    def parameters(self, reports: list[DeviceReport]) -> ServingBenchmarkParameters:
+        """Parameters of ``serving_benchmark``, with the prices as they are now.
+
+        Raises:
+            InputFailure: the price file cannot be read.
+        """
+        prices = read_prices(self.prices)
+        return ServingBenchmarkParameters(
+            prices=prices.instances,
+            prices_from=prices.in_words,
+            reports=reports,
+            peak_offers_per_second=self.peak_offers_per_second,
+            p99_milliseconds=float(self.alarm_p99_milliseconds),  # as the runner reads it: part of the key
+            max_instances=self.aws_endpoint_max_instances,
         )

@@ -85,6 +85,7 @@ def model_version(
             "verdict": "passed" if verdict.passed else "failed",
             "evaluation": student_evaluation.digest,
             CHAMPION_TAG: champion,
+            **msgspec.structs.asdict(lineage_of(compute, model)),
         },
         approval=release_policy.at_registration if verdict.passed else None,
         carried=_last_decision(model, compute, tracking),
@@ -241,7 +242,7 @@ def _production_renamed(
         raise dg.Failure("no version is in production whose names could be refreshed", allow_retries=False)
     model = _with_names_in_force(context, production.ref, taxonomy_change, compute)
     champion = student_of(production, compute)
-    registered = _register_under_other_names(model, production, champion, tracking)
+    registered = _register_under_other_names(model, production, champion, compute, tracking)
     return _registered(model, registered, renamed=name_of(production))
 
 
@@ -262,17 +263,21 @@ def _under_names_in_force(
     if model.digest == version.ref.digest:
         return version
     context.log.info(f"{name_of(version)} is served as model {model.version}, under the names in force")
-    return _register_under_other_names(model, version, version.tags.get(CHAMPION_TAG, ""), tracking)
+    return _register_under_other_names(model, version, version.tags.get(CHAMPION_TAG, ""), compute, tracking)
 
 
 def _register_under_other_names(
-    model: ArtifactRef, version: RegisteredVersion, champion: str, tracking: Tracking
+    model: ArtifactRef, version: RegisteredVersion, champion: str, compute: Compute, tracking: Tracking
 ) -> RegisteredVersion:
     """The same answers: verdict, evaluation and what people decided hold for the copy too."""
     return tracking.register(
         model,
         metrics=version.metrics,
-        tags={**{name: version.tags[name] for name in ("verdict", "evaluation")}, CHAMPION_TAG: champion},
+        tags={
+            **{name: version.tags[name] for name in ("verdict", "evaluation")},
+            CHAMPION_TAG: champion,
+            **msgspec.structs.asdict(lineage_of(compute, model)),
+        },
         approval="automatic" if version.passed else None,
         carried=version.decision,
     )

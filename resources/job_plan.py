@@ -20,8 +20,11 @@ from ml.stages import STAGES, Stage
 
 _GPU = "ml.g6.xlarge"
 """One GPU that computes bf16: the smallest that trains the large encoders."""
-_NEEDS_NETWORK = ("catalogued_offers",)
-"""Asks the endpoint, and a job's container has no network."""
+_ONLY_HERE = {
+    "catalogued_offers": "it asks the endpoint, and jobs have no network",
+    "serving_measurement": "it measures this machine; on another one, run python -m ml device-report",
+}
+"""Stages that cannot be jobs, and why."""
 
 
 class JobMachines(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -55,6 +58,7 @@ _DEFAULTS: dict[str, JobMachines] = {
     "migrated_labels": JobMachines(instance_type=_GPU),
     "taxonomy_change": JobMachines(instance_type=_GPU),
     "compiled_student": JobMachines(instance_type="ml.c7i.2xlarge", spot=False, max_hours=2),
+    "serving_measurement": JobMachines(where="here"),
     "catalogued_offers": JobMachines(where="here"),
     "drift_report": JobMachines(spot=False, max_hours=2),
     "live_quality": JobMachines(spot=False, max_hours=2),
@@ -140,8 +144,8 @@ def _changed(name: str, table: Any, plan: JobPlan) -> JobMachines:
     except msgspec.ValidationError as error:
         problem, _, where = str(error).partition(" - at `$.")
         raise InputError(f"{place}: {where.rstrip('`')} is wrong: {problem}") from None
-    if machines.where == "job" and name in _NEEDS_NETWORK:
-        raise InputError(f'{place}: where = "job" cannot be: it asks the endpoint, and jobs have no network')
+    if machines.where == "job" and name in _ONLY_HERE:
+        raise InputError(f'{place}: where = "job" cannot be: {_ONLY_HERE[name]}')
     if machines.instance_count > 1 and not _shares_work(STAGES[name]):
         others = ", ".join(other.name for other in STAGES.values() if _shares_work(other))
         raise InputError(

@@ -41,6 +41,8 @@ from resources.training_jobs import (
 _LOOKS_MISSED = 20
 """So many in a row end the watching, though not the job: the service answers nobody, or not us."""
 _SECONDS_TO_STOP = 20.0
+_FIRST_PAUSE = 1.0
+"""Seconds between the first looks; the pauses grow with the time that a job takes."""
 
 Job = dict[str, Any]
 """What ``describe_training_job`` says."""
@@ -60,7 +62,7 @@ class SageMakerCompute(LocalCompute):
     jobs: str = ""
     """Path of the TOML file with the plan; see :mod:`resources.job_plan`."""
     poll_seconds: float = 15.0
-    """Time between two looks at a job, on average."""
+    """Time between two looks at a job that runs for a while, on average."""
     log_seconds: float = 10.0
     """So long the last lines of a job may be on their way."""
 
@@ -220,7 +222,7 @@ class SageMakerCompute(LocalCompute):
 
     def _watch(self, context: AnyContext, name: str, reader: JobLogReader) -> Job:
         """Wait for the end of a job, and say what it is at."""
-        told, missed = "", 0
+        told, missed, started_at = "", 0, time.monotonic()
         while True:
             try:
                 job = self._described(name)
@@ -229,6 +231,8 @@ class SageMakerCompute(LocalCompute):
                     raise
                 job = None
             missed = missed + 1 if job is None else 0
+            if missed > _LOOKS_MISSED:
+                raise dg.Failure(f"training job {name} is gone; run again")
             reader.read()
             if job is not None:
                 if job["SecondaryStatus"] != told:
@@ -236,8 +240,9 @@ class SageMakerCompute(LocalCompute):
                     context.log.info(f"training job {name}: {told}{_remark(job)}")
                 if job["TrainingJobStatus"] in ENDED:
                     return job
-            # At random, lest many that watch ask all at once.
-            time.sleep(self.poll_seconds * random.uniform(0.75, 1.25))
+            # Soon at first, for what fails at once; at random, lest many that watch ask together.
+            pause = min(self.poll_seconds, _FIRST_PAUSE + (time.monotonic() - started_at) / 10)
+            time.sleep(pause * random.uniform(0.75, 1.25))
 
     def _stop(self, context: AnyContext, name: str) -> None:
         """Stop a job that nobody wants any more; its checkpoints stay."""

@@ -9,6 +9,7 @@ import datetime
 import difflib
 import glob
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import unquote, urlsplit
@@ -20,7 +21,13 @@ from pydantic_settings import SettingsConfigDict
 
 from ml.demo import OFFERS_PER_DAY
 from ml.errors import InputError
-from ml.stages import Parameters, StudentParameters, TeacherParameters, TrainingSampleParameters
+from ml.stages import (
+    Parameters,
+    ServingBenchmarkParameters,
+    StudentParameters,
+    TeacherParameters,
+    TrainingSampleParameters,
+)
 from resources.aws_settings import AwsSettings
 from resources.redaction import without_secrets
 
@@ -38,6 +45,9 @@ _TRACKING_SCHEMES = (
     "mysql",
     "mysql+pymysql",
     "arn",
+)
+_SAGEMAKER_MLFLOW = re.compile(
+    r"^arn:aws[a-z-]*:sagemaker:[a-z0-9-]+:\d{12}:mlflow-(tracking-server|app)/[\w-]+$"
 )
 
 _PLAINER = {
@@ -106,6 +116,11 @@ def _absolute_folder(value: Path) -> Path:
 def _known_tracking_uri(value: str) -> str:
     if value and value.split(":", maxsplit=1)[0] not in _TRACKING_SCHEMES:
         raise ValueError("must be a URI such as https://mlflow.example.com or sqlite:////data/mlflow.db")
+    if value.startswith("arn:") and not _SAGEMAKER_MLFLOW.match(value):
+        raise ValueError(
+            "must be the ARN of MLflow in SageMaker, such as "
+            "arn:aws:sagemaker:eu-central-1:123456789012:mlflow-tracking-server/offer-assets"
+        )
     return value
 
 
@@ -384,6 +399,24 @@ class Settings(AwsSettings):
         validation_alias="OFFER_ASSETS_ALARM_LOW_CONFIDENCE_PERCENT",
         description="Alarm of a roll-out: of more offers than this the model is less than half sure.",
     )
+    device_reports: str = Field(
+        default="",
+        validation_alias="OFFER_ASSETS_DEVICE_REPORTS",
+        description="Reports that python -m ml device-report wrote on other hosts: a folder or an S3 prefix. "
+        "Empty: device-reports in OFFER_ASSETS_HOME.",
+    )
+    prices: Annotated[str, AfterValidator(_existing_file)] = Field(
+        default="",
+        validation_alias="OFFER_ASSETS_PRICES",
+        description="TOML file with what instances cost and have, for serving_benchmark. Empty: "
+        "ml/serving/prices.toml, which is one to start from, not to rely on.",
+    )
+    peak_offers_per_second: float = Field(
+        default=_default(ServingBenchmarkParameters, "peak_offers_per_second"),
+        gt=0,
+        validation_alias="OFFER_ASSETS_PEAK_OFFERS_PER_SECOND",
+        description="Load that serving_benchmark finds instances for; they bear it with one of them missing.",
+    )
     mlflow_tracking_uri: Annotated[str, AfterValidator(_known_tracking_uri)] = Field(
         default="",
         validation_alias="MLFLOW_TRACKING_URI",
@@ -398,7 +431,7 @@ class Settings(AwsSettings):
 
     @classmethod
     def from_environment(cls) -> Self:
-        """Read and check all settings, and the files with alert routes and jobs that they name.
+        """Read and check all settings, and the files with alert routes, jobs and prices that they name.
 
         Raises:
             SettingsError: one line that names the variable, its value and what is expected.
@@ -410,6 +443,7 @@ class Settings(AwsSettings):
             raise SettingsError("; ".join(_explain(cls, each) for each in error.errors())) from None
         _check_routes(settings.alert_routes)
         _check_jobs(settings.aws_jobs)
+        _check_prices(settings.prices)
         return settings
 
     @property
@@ -421,6 +455,11 @@ class Settings(AwsSettings):
     def tracking_uri(self) -> str:
         """Where MLflow keeps runs and models, with the default filled in."""
         return self.mlflow_tracking_uri or f"sqlite:///{self.home / 'mlflow.db'}"
+
+    @property
+    def device_reports_location(self) -> str:
+        """Where reports of devices lie, with the default filled in; a local path is absolute."""
+        return local_path(self.device_reports) or self.device_reports or str(self.home / "device-reports")
 
     @property
     def checks_that_retrain(self) -> tuple[str, ...]:
@@ -559,6 +598,16 @@ def _check_jobs(file: str) -> None:
         read_plan(file)
     except InputError as error:
         raise SettingsError(f"OFFER_ASSETS_AWS_JOBS: {error}") from None
+
+
+def _check_prices(file: str) -> None:
+    """As for the routes."""
+    from ml.serving.prices import read_prices
+
+    try:
+        read_prices(file)
+    except InputError as error:
+        raise SettingsError(f"OFFER_ASSETS_PRICES: {error}") from None
 
 
 def _variables(settings: type[Settings]) -> list[str]:

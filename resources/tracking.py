@@ -37,7 +37,7 @@ _LONGEST_REASON = 2000
 """Characters of a reason that are kept: older servers take tags of 5,000."""
 _ARTIFACT_TAGS = ("kind", "key", "digest", "uri")
 
-_APPROVAL_TAG = "approval"
+APPROVAL_TAG = "approval"
 """``automatic``, ``pending``, ``approved`` or ``rejected``; a person may set it by hand."""
 _DECISION_TAG = "approval.decision"
 _PROMOTION_TAGS = "promotion."
@@ -116,9 +116,9 @@ class RegisteredVersion(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def approval(self) -> Approval:
         """Whether it may be served as far as people are concerned; unclear tags wait for a person."""
-        if _APPROVAL_TAG not in self.tags and self.passed and self._has_served:
+        if APPROVAL_TAG not in self.tags and self.passed and self._has_served:
             return "automatic"
-        tag = self.tags.get(_APPROVAL_TAG, "").strip().lower()
+        tag = self.tags.get(APPROVAL_TAG, "").strip().lower()
         approvals: tuple[Approval, ...] = ("automatic", "approved", "rejected")
         return next((approval for approval in approvals if approval == tag), "pending")
 
@@ -159,7 +159,7 @@ class RegisteredVersion(msgspec.Struct, frozen=True, kw_only=True):
     def _promotion_without_entry(self) -> Promotion:
         """What is known of the promotion of a version whose tags have no entry of the history."""
         return Promotion(
-            at=_as_kept(datetime.datetime.fromisoformat(self.tags.get(_PROMOTED_AT_TAG, self.registered_at))),
+            at=as_kept(datetime.datetime.fromisoformat(self.tags.get(_PROMOTED_AT_TAG, self.registered_at))),
             by="automatic" if _PROMOTED_AT_TAG in self.tags else BY_HAND,
             reason=self.tags.get(_PROMOTION_REASON_TAG, "put into production in MLflow"),
             run_id="",
@@ -250,6 +250,10 @@ class Tracking(dg.ConfigurableResource[Any], ABC):
             InputFailure: nobody or no reason is named, or a version that the gate refused would be
                 approved without saying so.
         """
+
+    @abstractmethod
+    def annotate(self, version: RegisteredVersion, tags: Mapping[str, str]) -> RegisteredVersion:
+        """Keep more tags with ``version``, one after the other as given; what was there is replaced."""
 
     @abstractmethod
     def promote(self, version: RegisteredVersion, promotion: Promotion) -> RegisteredVersion:
@@ -357,9 +361,9 @@ class MlflowTracking(Tracking):
             else:
                 decided = standing.decision if standing is not None else None
                 if carried and (decided is None or (decided.at and carried.at > decided.at)):
-                    wanted |= _tags_of(carried)
+                    wanted |= tags_of(carried)
                 elif approval and decided is None:
-                    wanted[_APPROVAL_TAG] = approval
+                    wanted[APPROVAL_TAG] = approval
             if found is None:
                 if not client.search_registered_models(f"name = '{self.model_name}'"):
                     client.create_registered_model(
@@ -417,7 +421,7 @@ class MlflowTracking(Tracking):
             wanted = Decision(
                 decision=decision,
                 by=by,
-                reason=_shortened(reason, _LONGEST_REASON),
+                reason=shortened(reason, _LONGEST_REASON),
                 at=now(),
                 despite_gate=decision == "approved" and not standing.passed,
             )
@@ -430,8 +434,15 @@ class MlflowTracking(Tracking):
                 and msgspec.structs.replace(wanted, at=before.at) == before
             ):
                 return standing
-            for tag, value in _tags_of(wanted).items():
+            for tag, value in tags_of(wanted).items():
                 client.set_model_version_tag(self.model_name, version.version, tag, value)
+            return self._registered(client, version)
+
+    @override
+    def annotate(self, version: RegisteredVersion, tags: Mapping[str, str]) -> RegisteredVersion:
+        with self._client() as client:
+            for name, value in tags.items():
+                client.set_model_version_tag(self.model_name, version.version, name, value)
             return self._registered(client, version)
 
     @override
@@ -443,7 +454,7 @@ class MlflowTracking(Tracking):
             # The entry before the alias: a repeat after an interruption in between finds it.
             if not history or history[-1].registry_version != version.version:
                 entry = msgspec.structs.replace(
-                    promotion, reason=_shortened(promotion.reason, _LONGEST_REASON)
+                    promotion, reason=shortened(promotion.reason, _LONGEST_REASON)
                 )
                 client.set_model_version_tag(
                     self.model_name,
@@ -481,11 +492,17 @@ class MlflowTracking(Tracking):
         """
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
         for name in ("alembic", "mlflow.store.db"):
             logging.getLogger(name).setLevel(logging.WARNING)
-        from mlflow import MlflowClient
+        # SageMaker's plugin stumbles over every request to a server that is none of SageMaker's, and says so.
+        logging.getLogger("mlflow.tracking.request_header.registry").setLevel(logging.ERROR)
+        from mlflow import MlflowClient, set_tracking_uri
         from mlflow.exceptions import MlflowException
 
+        if self.tracking_uri.startswith("arn:"):
+            # The plugin signs for the server that is set here, whatever server the client has.
+            set_tracking_uri(self.tracking_uri)
         file = self._file()
         with only_one(file.with_name(file.name + ".lock")) if file is not None else nullcontext():
             try:
@@ -569,13 +586,13 @@ def _decoded(text: str, kind: type[_T]) -> _T | None:
         return None
 
 
-def _tags_of(decision: Decision) -> dict[str, str]:
-    """The approval last: until it is there, nothing was decided."""
-    return {_DECISION_TAG: msgspec.json.encode(decision).decode(), _APPROVAL_TAG: decision.decision}
+def tags_of(decision: Decision) -> dict[str, str]:
+    """What is kept of a decision; the approval last: until it is there, nothing was decided."""
+    return {_DECISION_TAG: msgspec.json.encode(decision).decode(), APPROVAL_TAG: decision.decision}
 
 
 def _approval_if_missing(version: RegisteredVersion) -> dict[str, str]:
-    return {} if _APPROVAL_TAG in version.tags or not version.passed else {_APPROVAL_TAG: version.approval}
+    return {} if APPROVAL_TAG in version.tags or not version.passed else {APPROVAL_TAG: version.approval}
 
 
 def _history_of(versions: Sequence[RegisteredVersion]) -> list[Promotion]:
@@ -603,19 +620,21 @@ def _numbers(values: Mapping[str, JsonValue]) -> dict[str, float]:
 
 def _parameter(value: JsonValue) -> str:
     text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
-    return _shortened(text, _LONGEST_PARAMETER)
+    return shortened(text, _LONGEST_PARAMETER)
 
 
-def _shortened(text: str, longest: int) -> str:
+def shortened(text: str, longest: int) -> str:
+    """At most ``longest`` characters of a text; where some are missing, it ends in "…"."""
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 def now() -> str:
     """The time as it is kept with decisions and promotions: ISO, UTC, sortable as text."""
-    return _as_kept(datetime.datetime.now(datetime.UTC))
+    return as_kept(datetime.datetime.now(datetime.UTC))
 
 
-def _as_kept(time: datetime.datetime) -> str:
+def as_kept(time: datetime.datetime) -> str:
+    """A time in the form of :func:`now`."""
     # Names of tags may hold no "+".
     return time.astimezone(datetime.UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 

@@ -21,7 +21,7 @@ _ATTEMPTS = 3
     minimum_interval_seconds=30,
     default_status=dg.DefaultSensorStatus.RUNNING,
     description="Has the version served that a person approved last, by the job decide_version, the command "
-    "line or the tag `approval` in MLflow; tries at most "
+    "line, the tag `approval` in MLflow or, in AWS, SageMaker's model registry; tries at most "
     f"{_ATTEMPTS} times. Says which version waits for a decision.",
 )
 def decided_versions(

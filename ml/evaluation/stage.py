@@ -45,9 +45,9 @@ from ml.learning.fast_model import FastModel
 from ml.offers import TEXT_VERSION
 from ml.runner import StageContext
 from ml.sampling.label_sources import WEAK
-from ml.serving.predictor import TAXONOMY_FILE, Predictor
+from ml.serving.predictor import Predictor
 from ml.stages import EvaluationParameters
-from ml.taxonomy import Taxonomy
+from ml.taxonomy import TAXONOMY_FILE, Taxonomy
 from ml.taxonomy_change.change import changed_categories, changed_since
 from ml.taxonomy_change.transitions import Transition, Transitions, most_likely_moves
 

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import msgspec
 import uvicorn
 
+from ml.serving.protocol import protocol_with_deadline
+
 MAX_BODY_BYTES = 6_291_456
 """SageMaker's limit on a request; the endpoint keeps it everywhere, so that clients can rely on it."""
 
@@ -82,7 +84,9 @@ class ServingApp:
 
         Args:
             answerer: What answers.
-            queue_size: Requests under way at once, from their first byte on; more get 503.
+            queue_size: Requests at once whose body has arrived; more get 503. Those that still arrive
+                hold no place, so that slow clients do not keep others out, but at most as many bytes
+                as that many of the largest bodies.
             timeout_seconds: A body that takes longer to arrive gets 408, one that waits longer for
                 its answer 503.
         """
@@ -90,8 +94,10 @@ class ServingApp:
         """Set when the process is to end: every answer then closes its connection."""
         self._answerer = answerer
         self._queue_size = queue_size
-        self._timeout_seconds = timeout_seconds
+        self.timeout_seconds = timeout_seconds
         self._under_way = 0
+        self._arrived_bytes = 0
+        """Of bodies that are not complete yet."""
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Serve one HTTP request."""
@@ -130,46 +136,57 @@ class ServingApp:
     async def _invoke(self, scope: Message, receive: Receive) -> Answer:
         if self._under_way >= self._queue_size:
             await self._discard(receive)
-            raise Refusal(503, f"{self._queue_size} requests are under way already; try again in a second")
+            raise self._busy()
+        body = await self._read(receive)
+        if self._under_way >= self._queue_size:
+            raise self._busy()
         self._under_way += 1
         try:
-            body = await self._read(receive)
             return await self._answer(body, _headers(scope))
         finally:
             self._under_way -= 1
 
+    def _busy(self) -> Refusal:
+        return Refusal(503, f"{self._queue_size} requests are under way already; try again in a second")
+
     async def _read(self, receive: Receive) -> bytes:
         chunks, size, is_complete = [], 0, False
         try:
-            async with asyncio.timeout(self._timeout_seconds):
+            async with asyncio.timeout(self.timeout_seconds):
                 while not is_complete:
                     chunk, is_complete = await _next_chunk(receive)
                     size += len(chunk)
+                    self._arrived_bytes += len(chunk)
                     if size > MAX_BODY_BYTES:
                         await self._discard(receive, is_complete)
                         raise Refusal(
                             413,
                             f"the body is larger than {MAX_BODY_BYTES:,} bytes; send fewer offers at once",
                         )
+                    if self._arrived_bytes > self._queue_size * MAX_BODY_BYTES:
+                        await self._discard(receive, is_complete)
+                        raise self._busy()
                     chunks.append(chunk)
         except TimeoutError:
-            raise Refusal(408, f"the body did not arrive within {self._timeout_seconds:g} s") from None
+            raise Refusal(408, f"the body did not arrive within {self.timeout_seconds:g} s") from None
+        finally:
+            self._arrived_bytes -= size
         return b"".join(chunks)
 
     async def _discard(self, receive: Receive, is_complete: bool = False) -> None:
         size = 0
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._timeout_seconds):
+            async with asyncio.timeout(self.timeout_seconds):
                 while not is_complete and size <= _DISCARDED_BYTES:
                     chunk, is_complete = await _next_chunk(receive)
                     size += len(chunk)
 
     async def _answer(self, body: bytes, headers: Mapping[str, str]) -> Answer:
         try:
-            return await asyncio.wait_for(self._answerer.answer(body, headers), self._timeout_seconds)
+            return await asyncio.wait_for(self._answerer.answer(body, headers), self.timeout_seconds)
         except TimeoutError:
             raise Refusal(
-                503, f"no answer within {self._timeout_seconds:g} s; send fewer offers at once"
+                503, f"no answer within {self.timeout_seconds:g} s; send fewer offers at once"
             ) from None
 
 
@@ -258,7 +275,7 @@ def _config(app: ServingApp) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         loop="uvloop",
-        http="httptools",
+        http=protocol_with_deadline(app.timeout_seconds),
         ws="none",
         lifespan="off",
         interface="asgi3",

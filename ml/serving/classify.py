@@ -20,7 +20,6 @@ import pyarrow.parquet as pq
 from dotenv import dotenv_values
 
 from ml.artifacts import ArtifactRef
-from ml.cores import available_cores
 from ml.errors import InputError
 from ml.feed.reading import discover_files, read_batches
 from ml.progress import Progress
@@ -193,11 +192,14 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
         "--model", required=True, metavar="DIR", help="a compiled_student artifact, or 'current'"
     )
     parser.add_argument(
-        "--workers", type=int, default=available_cores(), metavar="N", help="processes (one per core)"
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes (one per core; on a Neuron host one per Neuron core)",
     )
     parser.add_argument("input", metavar="IN", help="offer feed: file, folder, glob or URI")
     parser.add_argument("output", metavar="OUT", type=Path, help="Parquet file to write")
     options = parser.parse_args(arguments)
-    if options.workers < 1:
+    if options.workers is not None and options.workers < 1:
         raise InputError(f"--workers {options.workers}: expected at least 1")
     return options

@@ -20,10 +20,9 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from ml.cores import available_cores
 from ml.errors import InputError
 from ml.serving.predictor import TEXT_COLUMNS, Prediction, Predictor
-from ml.serving.workers import single_thread_environment
+from ml.serving.workers import cores_for_workers, single_thread_environment
 
 _LENGTH_BYTES = 4
 _BATCHES_PER_WORKER = 2
@@ -53,16 +52,16 @@ class PredictorPool:
 
         Args:
             folder: A ``compiled_student`` artifact.
-            workers: Number of processes; None: one per core that this process may use.
+            workers: Number of processes; None: one per core of what computes.
 
         Raises:
-            InputError: the model cannot be loaded (see :meth:`Predictor.load`).
+            InputError: the model cannot be loaded (see :meth:`Predictor.load`), or not so many times.
             WorkerError: a worker died while loading.
         """
-        count = workers or available_cores()
-        self._workers = [_Worker(Path(folder)) for _ in range(count)]
+        cores = cores_for_workers(Path(folder), workers)
+        self._workers = [_Worker(Path(folder), core) for core in cores]
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
-        self._threads = ThreadPoolExecutor(count, thread_name_prefix="predictor-pool")
+        self._threads = ThreadPoolExecutor(len(cores), thread_name_prefix="predictor-pool")
         try:
             for worker in self._workers:
                 self.model_version = worker.wait_until_ready()
@@ -115,12 +114,12 @@ class PredictorPool:
 class _Worker:
     """The parent's end of one worker process."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, neuron_core: int | None) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", __name__, str(folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=single_thread_environment(),
+            env=single_thread_environment(neuron_core),
             process_group=0,  # Ctrl-C is the parent's to handle
         )
 

@@ -1,14 +1,8 @@
 """The compiled model at work: offers in, predictions out, the same ones wherever it runs.
 
-:class:`CompiledModel` is the ONNX graph with its tokenizer, :class:`Predictor` the verified artifact
-around it. Notebook, bulk classification and endpoint all use this one class, on one text at a time:
-int8 inference scales activations per tensor, so in a batch the answer for a text would depend on
-its neighbours and their padding. Alone, a text has one answer on a given CPU, in any order and from
-any process.
-
-That costs little. Three layers of MiniLM, 27 tokens on average, one thread of a shared AVX-512 VNNI
-core: about 1,400 texts/s one by one, 1,635 in length-sorted batches of 8, 1,590 in batches of 32; in
-batches the best category of 15 % of the texts changed (random output layer, narrow margins).
+:class:`Predictor` is the verified artifact around a :class:`ml.serving.compiled_model.CompiledModel`.
+Notebook, bulk classification and endpoint all use this one class: a text has one answer on given hardware,
+in any order, beside any others and from any process.
 """
 
 from __future__ import annotations
@@ -21,25 +15,15 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import onnxruntime
 import pyarrow as pa
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from ml.artifacts import short_version, verify
 from ml.errors import InputError
-from ml.offers import check_text_version, offer_text
+from ml.offers import offer_text
+from ml.serving.compiled_model import CompiledModel
 from ml.stages import SERVABLE
-from ml.taxonomy import Taxonomy
-
-MODEL_FILE = "model.onnx"
-TOKENIZER_FILE = "tokenizer.json"
-LABELS_FILE = "labels.json"
-SETTINGS_FILE = "model.json"
-TAXONOMY_FILE = "taxonomy.parquet"
-
-INPUT_NAME = "input_ids"
-OUTPUT_NAME = "logits"
+from ml.taxonomy import TAXONOMY_FILE, Taxonomy
 
 TEXT_COLUMNS = ("title", "brand", "shop_category", "description")
 """Columns that have to be text, or absent, for an offer to be classified."""
@@ -47,20 +31,9 @@ TEXT_COLUMNS = ("title", "brand", "shop_category", "description")
 _ALTERNATIVES = 3
 _CACHED_TEXTS = 20_000
 _TEXTS_AT_ONCE = 256
-"""Bounds the float32 logits held at a time; the graph itself sees one text."""
+"""Bounds the float32 logits held at a time."""
 
 _CONFIDENCE_DIGITS = 6
-
-
-class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """``model.json``: everything beside the weights that a prediction depends on."""
-
-    target: str
-    text_version: str
-    taxonomy_version: str
-    max_tokens: int
-    instruction: str
-    temperature: float
 
 
 class Alternative(msgspec.Struct, frozen=True):
@@ -106,47 +79,6 @@ def prediction_table(predictions: Sequence[Prediction]) -> pa.Table:
     )
 
 
-class CompiledModel:
-    """ONNX graph, tokenizer and labels of a folder; text in, probabilities out."""
-
-    def __init__(self, folder: Path, threads: int = 1) -> None:
-        """Open the model in ``folder`` for ``threads`` threads of arithmetic.
-
-        Raises:
-            InputError: a file is missing or damaged, the files do not belong together, or the model
-                was trained on offer texts that this version makes differently.
-        """
-        self.settings, self.labels = _read_settings(folder)
-        try:
-            self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
-        except Exception as error:  # the Rust side raises plain Exception
-            raise InputError(f"{folder / TOKENIZER_FILE} cannot be read: {_one_line(error)}") from None
-        self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(self.settings.max_tokens)
-        self._session = _session(folder / MODEL_FILE, threads)
-        classes = self._session.get_outputs()[0].shape[-1]
-        if classes != len(self.labels):
-            raise InputError(
-                f"{folder / LABELS_FILE} has {len(self.labels)} labels, {MODEL_FILE} {classes} outputs; "
-                "they must come from one compilation"
-            )
-
-    def predict_logits(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Logits, float32 (texts, classes), in the order of ``texts``."""
-        logits = np.empty((len(texts), len(self.labels)), dtype=np.float32)
-        if not texts:
-            return logits
-        prompts = [self.settings.instruction + text for text in texts]
-        for row, encoding in enumerate(self._tokenizer.encode_batch_fast(prompts)):
-            ids = np.array([encoding.ids], dtype=np.int64)
-            logits[row] = self._session.run([OUTPUT_NAME], {INPUT_NAME: ids})[0][0]
-        return logits
-
-    def predict_probabilities(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Calibrated probabilities, float32 (texts, classes), in the order of ``texts``."""
-        return _softmax(self.predict_logits(texts) / np.float32(self.settings.temperature))
-
-
 class Predictor:
     """A compiled model whose artifact was verified; see :meth:`load`."""
 
@@ -176,12 +108,12 @@ class Predictor:
 
         Raises:
             InputError: it is no such artifact, a file is missing or changed, or it was made for
-                another target or offer text version.
+                another offer text version, or for hardware that is not here.
         """
         folder = Path(folder)
         manifest = verify(folder, kinds=SERVABLE)
         taxonomy = Taxonomy.load(folder / TAXONOMY_FILE)
-        return cls(CompiledModel(folder, threads), taxonomy, short_version(manifest.digest))
+        return cls(CompiledModel.open(folder, threads), taxonomy, short_version(manifest.digest))
 
     def predict(self, offers: Sequence[Mapping[str, Any]]) -> list[Prediction]:
         """Category of every offer, in the order of ``offers``.
@@ -288,38 +220,3 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _read_settings(folder: Path) -> tuple[ModelSettings, list[str]]:
-    try:
-        settings = msgspec.json.decode((folder / SETTINGS_FILE).read_bytes(), type=ModelSettings)
-        labels = msgspec.json.decode((folder / LABELS_FILE).read_bytes(), type=list[str])
-    except FileNotFoundError as error:
-        raise InputError(f"{folder} is not a compiled model: {error.filename} is missing") from None
-    except msgspec.DecodeError as error:
-        raise InputError(f"{folder} is damaged: {error}; delete the folder and compile again") from None
-    if settings.target != "cpu":
-        raise InputError(f"{folder} was compiled for {settings.target}, this predictor runs models for cpu")
-    check_text_version(folder, settings.text_version)
-    return settings, labels
-
-
-def _session(path: Path, threads: int) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's exceptions have no common base
-        raise InputError(f"{path} cannot be opened: {_one_line(error)}; compile the student again") from None
-
-
-def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """As ``ml.learning.calibration.softmax``, without the scipy import that a server would pay for."""
-    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))
-    probabilities: NDArray[np.float32] = exponentials / exponentials.sum(axis=1, keepdims=True)
-    return probabilities
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -14,16 +14,9 @@ import msgspec
 from ml.artifacts import read_manifest, short_version
 from ml.errors import InputError
 from ml.runner import StageContext
-from ml.serving.predictor import (
-    LABELS_FILE,
-    MODEL_FILE,
-    SETTINGS_FILE,
-    TAXONOMY_FILE,
-    TOKENIZER_FILE,
-    ModelSettings,
-)
+from ml.serving.compiled_model import SETTINGS_FILE, ModelSettings
 from ml.stages import RenamedStudentParameters
-from ml.taxonomy import Taxonomy
+from ml.taxonomy import TAXONOMY_FILE, Taxonomy
 
 _SHOWN = 3
 
@@ -51,16 +44,12 @@ def rename_student(context: StageContext, parameters: RenamedStudentParameters) 
     _check_only_names_differ(before, after)
     renamed = _renamed(before, after)
 
-    for name in (MODEL_FILE, TOKENIZER_FILE, LABELS_FILE):
+    for name in manifest.files.keys() - {SETTINGS_FILE, TAXONOMY_FILE}:
         shutil.copyfile(compiled / name, context.output / name)
     shutil.copyfile(new_folder / TAXONOMY_FILE, context.output / TAXONOMY_FILE)
-    settings = msgspec.json.decode((compiled / SETTINGS_FILE).read_bytes(), type=ModelSettings)
+    settings = ModelSettings.read(compiled)
     version = short_version(read_manifest(new_folder).digest)
-    (context.output / SETTINGS_FILE).write_bytes(
-        msgspec.json.format(
-            msgspec.json.encode(msgspec.structs.replace(settings, taxonomy_version=version)), indent=2
-        )
-    )
+    msgspec.structs.replace(settings, taxonomy_version=version).write(context.output)
     context.progress.say(
         f"{len(renamed):,} categories renamed{_examples(renamed)}; taxonomy {version} instead of "
         f"{settings.taxonomy_version}"

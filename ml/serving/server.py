@@ -25,17 +25,19 @@ from typing import TextIO
 import msgspec
 
 from ml.artifacts import read_manifest
-from ml.cores import available_cores
 from ml.errors import InputError
-from ml.serving.workers import single_thread_environment
+from ml.serving.workers import cores_for_workers, single_thread_environment
 from ml.stages import SERVABLE
 
-DEFAULT_MODEL = "/opt/ml/model"
+BASE_FOLDER = "/opt/ml"
+"""Where SageMaker puts what a container needs; ``SAGEMAKER_BASE_DIR`` moves it."""
 DEFAULT_PORT = 8080
 DEFAULT_QUEUE = 32
 DEFAULT_TIMEOUT_SECONDS = 60
 
 _LAST_PORT = 65_535
+
+_WORKER_MODULE = "ml.serving.worker"
 
 _SECONDS_BETWEEN_LOOKS = 0.2
 _SECONDS_TO_DRAIN = 28.0
@@ -81,15 +83,17 @@ def main(arguments: Sequence[str]) -> None:
         raise InputError(f"--model {options.model} is a {manifest.kind}, expected a {expected}")
     # Bound but not listening: holds the number for the workers without taking a connection.
     with bound_socket(options.host, options.port) as placeholder:
-        _Supervisor(options, placeholder.getsockname()[1]).run()
+        cores = cores_for_workers(Path(options.model), options.workers)
+        _Supervisor(options, placeholder.getsockname()[1], cores).run()
 
 
 class _Worker:
     """One worker process, as its supervisor sees it."""
 
-    def __init__(self, options: argparse.Namespace, port: int) -> None:
+    def __init__(self, options: argparse.Namespace, port: int, neuron_core: int | None) -> None:
+        self.neuron_core = neuron_core
         self._report_fd, report_write_fd = os.pipe()
-        command = [sys.executable, "-m", "ml.serving.worker"]
+        command = [sys.executable, "-m", _WORKER_MODULE]
         for name in ("model", "host", "queue", "timeout"):
             command += [f"--{name}", str(getattr(options, name))]
         command += ["--port", str(port), "--report-fd", str(report_write_fd)]
@@ -97,7 +101,7 @@ class _Worker:
             command,
             stdin=subprocess.PIPE,  # its end tells the worker that this process is gone, however it went
             pass_fds=[report_write_fd],
-            env=single_thread_environment(),
+            env=single_thread_environment(neuron_core),
             process_group=0,  # Ctrl-C reaches the supervisor alone, which drains
         )
         os.close(report_write_fd)
@@ -139,9 +143,12 @@ class _Worker:
 class _Supervisor:
     """Keeps the wanted number of workers alive until it is told to stop."""
 
-    def __init__(self, options: argparse.Namespace, port: int) -> None:
+    def __init__(self, options: argparse.Namespace, port: int, cores: Sequence[int | None]) -> None:
         self._options = options
         self._port = port
+        self._wanted = len(cores)
+        self._free_cores = list(cores)
+        """Of workers that are to be started; see :func:`ml.serving.workers.cores_for_workers`."""
         self._workers: list[_Worker] = []
         self._is_stopping = False
         self._was_ready = False
@@ -167,6 +174,7 @@ class _Supervisor:
         now = time.monotonic()
         for worker in [worker for worker in self._workers if worker.is_dead]:
             self._workers.remove(worker)
+            self._free_cores.append(worker.neuron_core)
             self._note_report(worker)
             worker.release()
             self._deaths = 1 if now - worker.started_at >= _SECONDS_TO_BE_STABLE else self._deaths + 1
@@ -178,14 +186,14 @@ class _Supervisor:
             raise SystemExit(
                 f"error: {self._deaths} workers ended one after the other and none answers; see above"
             )
-        while len(self._workers) < self._options.workers and now >= self._start_again_at:
-            self._workers.append(_Worker(self._options, self._port))
+        while self._free_cores and now >= self._start_again_at:
+            self._workers.append(_Worker(self._options, self._port, self._free_cores.pop(0)))
 
     def _look_at_the_living(self) -> None:
         for worker in self._workers:
             self._note_report(worker)
         listening = sum(worker.is_listening for worker in self._workers)
-        if not self._was_ready and listening == self._options.workers:
+        if not self._was_ready and listening == self._wanted:
             self._was_ready = True
             self._announce()
 
@@ -275,15 +283,16 @@ def _say(line: str) -> None:
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
+    in_container = str(Path(os.environ.get("SAGEMAKER_BASE_DIR", BASE_FOLDER), "model"))
     parser = argparse.ArgumentParser(
         prog="python -m ml serve",
         description="Answer /ping and /invocations with a compiled model.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--model", default=DEFAULT_MODEL, metavar="DIR", help="a compiled_student artifact")
+    parser.add_argument("--model", default=in_container, metavar="DIR", help="a compiled_student artifact")
     parser.add_argument(
         "--host",
-        help=f"address to listen on (127.0.0.1; for {DEFAULT_MODEL}, in a container that is, every address)",
+        help=f"address to listen on (127.0.0.1; for {in_container}, in a container that is, every address)",
     )
     parser.add_argument(
         "--port",
@@ -294,8 +303,9 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--workers",
         type=int,
-        default=_number_from("SAGEMAKER_MODEL_SERVER_WORKERS", available_cores()),
-        help="processes of one thread each; SAGEMAKER_MODEL_SERVER_WORKERS sets the default",
+        default=_number_from("SAGEMAKER_MODEL_SERVER_WORKERS", None),
+        help="processes of one thread each (one per core; on a Neuron host one per Neuron core); "
+        "SAGEMAKER_MODEL_SERVER_WORKERS sets the default",
     )
     parser.add_argument(
         "--timeout",
@@ -315,16 +325,16 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     )
     options = parser.parse_args(arguments)
     if options.host is None:
-        options.host = "0.0.0.0" if options.model == DEFAULT_MODEL else "127.0.0.1"
+        options.host = "0.0.0.0" if options.model == in_container else "127.0.0.1"
     for name in ("workers", "queue", "timeout"):
-        if getattr(options, name) < 1:
+        if getattr(options, name) is not None and getattr(options, name) < 1:
             raise InputError(f"--{name} {getattr(options, name)}: expected at least 1")
     if not 0 <= options.port <= _LAST_PORT:
         raise InputError(f"--port {options.port}: expected 0 to {_LAST_PORT}")
     return options
 
 
-def _number_from(variable: str, default: int) -> int:
+def _number_from(variable: str, default: int | None) -> int | None:
     value = os.environ.get(variable, "")
     if value and not value.isdecimal():
         raise InputError(f"{variable}={value}: expected a whole number")

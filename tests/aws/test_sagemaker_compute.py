@@ -36,6 +36,8 @@ from tests.ml.tiny_models import TINY_TEACHER, tiny_encoder, tiny_inputs
 from tests.resources.compute_runs import Run, lines, lines_so_far, run_of, text_of
 from tests.resources.stand_in import STAND_INS
 
+pytestmark = pytest.mark.usefixtures("no_pauses")
+
 KEY = f"arn:aws:kms:{REGION}:123456789012:key/1"
 
 
@@ -43,11 +45,6 @@ KEY = f"arn:aws:kms:{REGION}:123456789012:key/1"
 def _stand_in_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, stage in STAND_INS.items():
         monkeypatch.setitem(stages.STAGES, name, stage)
-
-
-@pytest.fixture(autouse=True)
-def _no_pauses_between_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.01)
 
 
 @pytest.fixture

@@ -1,7 +1,10 @@
 """A real, small student (one MiniLM layer, 12 categories) and what it is compiled to; made once per run."""
 
 import fcntl
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +18,11 @@ from ml.artifacts import MANIFEST, read_manifest, short_version, write_manifest
 from ml.learning.encoder import Classifier, ClassifierSettings
 from ml.offers import TEXT_VERSION, offer_text
 from ml.runner import StageSpec, run_stage
+from ml.serving.neuron import SDK_VERSION
 from ml.taxonomy import Taxonomy
+
+NEURON_SDK = Path(__file__).resolve().parent / "neuron_sdk"
+"""For the search path: a stand-in of torch_neuronx, as if installed in the versions that compile for inf2."""
 
 PRODUCTS = {
     "kettle": "Bosch kettle 1.7 l stainless steel",
@@ -54,6 +61,39 @@ def compiled_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def compiled_student(compiled_root: Path) -> Path:
     """Artifact folder; do not write to it."""
     return compiled_root / "compiled"
+
+
+@pytest.fixture(scope="session")
+def traced_student(compiled_root: Path) -> Path:
+    """The same student for target torchscript; artifact folder, do not write to it."""
+    folder = compiled_root / "traced"
+    with _locked(compiled_root.with_suffix(".traced.lock")):
+        run_stage(compile_spec(compiled_root, folder, target="torchscript"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def neuron_student(compiled_root: Path) -> Path:
+    """The same student for target neuron, compiled by the stand-in of the SDK; do not write to it.
+
+    Beside it, ``neuron-calls.jsonl`` holds what the SDK was called with.
+    """
+    folder = compiled_root / "neuron"
+    with _locked(compiled_root.with_suffix(".neuron.lock")):
+        if not folder.exists():
+            spec = folder.with_suffix(".json")
+            spec.write_bytes(
+                msgspec.json.encode(compile_spec(compiled_root, folder, target="neuron", sdk=SDK_VERSION))
+            )
+            search_path = [str(NEURON_SDK), os.environ.get("PYTHONPATH", "")]
+            environment = {
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(filter(None, search_path)),
+                "TESTS_NEURON_CALLS": str(compiled_root / "neuron-calls.jsonl"),
+            }
+            command = [sys.executable, "-m", "ml", "compiled_student", "--spec", str(spec)]
+            subprocess.run(command, cwd=NEURON_SDK.parents[2], env=environment, check=True)
+    return folder
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from ml.artifacts import read_manifest, verify
 from ml.errors import InputError
 from ml.learning.encoder import Classifier
 from ml.runner import run_stage
-from ml.serving.predictor import CompiledModel
+from ml.serving.compiled_model import CompiledModel
 from tests.ml.compiled_models import TITLES, compile_spec, seal
 
 
@@ -42,7 +42,7 @@ def test_the_compiled_student_is_a_complete_artifact(compiled_student):
 def test_logits_follow_the_original_for_every_length_of_text(compiled_root, compiled_student):
     texts = ["tent", *TITLES[:3], " ".join(["sofa lamp"] * 40)]
     expected = Classifier.load(compiled_root / "student").predict_logits(texts)
-    assert np.abs(CompiledModel(compiled_student).predict_logits(texts) - expected).max() < 0.1 * np.ptp(
+    assert np.abs(CompiledModel.open(compiled_student).predict_logits(texts) - expected).max() < 0.1 * np.ptp(
         expected
     )
 
@@ -83,29 +83,36 @@ def test_an_empty_evaluation_set_is_refused(compiled_root, tmp_path):
         run_stage(spec)
 
 
-def test_target_neuron_says_what_it_needs(compiled_root, tmp_path):
+def test_target_neuron_says_what_it_needs(compiled_root, tmp_path, monkeypatch):
+    monkeypatch.setenv("NEURON_PLATFORM_TARGET_OVERRIDE", "")
     with pytest.raises(InputError, match=r"torch_neuronx 2\.9\.x .* torch_neuronx is not installed"):
         run_stage(compile_spec(compiled_root, tmp_path / "out", target="neuron"))
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("version", "can_trace", "said"),
+    ("version", "can_trace", "compiler", "said"),
     [
-        ("0.0.1", False, "torch_neuronx 0.0.1 cannot trace"),
-        ("2.9.0.2.15.32035", False, "cannot trace"),
-        ("3.0.0", True, "cannot trace"),
-        ("2.9.0.2.15.32035", True, "compiles for cpu only"),
+        ("0.0.1", False, "2.27.5334.0", "torch_neuronx 0.0.1 cannot trace"),
+        ("2.9.0.2.15.32035", False, "2.27.5334.0", "cannot trace"),
+        ("3.0.0", True, "2.27.5334.0", "cannot trace"),
+        ("2.9.0.2.15.32035", True, "0.0.1", r"neuronx-cc is 0\.0\.1 \(a placeholder"),
     ],
 )
 def test_a_placeholder_is_told_from_the_neuron_sdk(
-    version, can_trace, said, compiled_root: Path, tmp_path: Path, monkeypatch
+    version, can_trace, compiler, said, compiled_root: Path, tmp_path: Path, monkeypatch
 ):
     module = types.ModuleType("torch_neuronx")
     module.__spec__ = types.SimpleNamespace(name="torch_neuronx")
     if can_trace:
         module.trace = object()
     monkeypatch.setitem(sys.modules, "torch_neuronx", module)
-    monkeypatch.setattr(metadata, "version", lambda name: version)
+    monkeypatch.setattr(metadata, "version", {"torch-neuronx": version, "neuronx-cc": compiler}.__getitem__)
+    monkeypatch.setenv("NEURON_PLATFORM_TARGET_OVERRIDE", "")  # is set by who compiles; gone afterwards
     with pytest.raises(InputError, match=said):
         run_stage(compile_spec(compiled_root, tmp_path / "out", target="neuron"))
+
+
+def test_an_sdk_is_asked_for_only_where_there_is_one(compiled_root, tmp_path):
+    with pytest.raises(InputError, match=r"sdk 2\.9: only target neuron has one, not cpu"):
+        run_stage(compile_spec(compiled_root, tmp_path / "out", sdk="2.9"))

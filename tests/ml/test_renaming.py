@@ -10,7 +10,8 @@ import pytest
 from ml.artifacts import ArtifactRef, read_manifest, short_version, verify
 from ml.errors import InputError
 from ml.runner import StageSpec, run_stage
-from ml.serving.predictor import CompiledModel, Predictor
+from ml.serving.compiled_model import CompiledModel
+from ml.serving.predictor import Predictor
 from ml.taxonomy import Taxonomy
 from tests.ml.compiled_models import TAXONOMY_CSV, TITLES, seal
 
@@ -67,8 +68,20 @@ def test_the_renamed_model_answers_the_same_under_new_names(
     assert {answer.model_version for answer in answers} == {reference.version}
     assert any(answer.category_path == "All goods > Water boilers" for answer in answers)
     np.testing.assert_array_equal(
-        CompiledModel(folder).predict_logits(TITLES), CompiledModel(compiled_student).predict_logits(TITLES)
+        CompiledModel.open(folder).predict_logits(TITLES),
+        CompiledModel.open(compiled_student).predict_logits(TITLES),
     )
+
+
+def test_every_form_of_a_model_can_be_renamed(
+    compiled_root: Path, traced_student: Path, renamed_csv: str, tmp_path: Path
+) -> None:
+    taxonomy = catalog_taxonomy(tmp_path / "taxonomy", renamed_csv)
+    folder = Path(rename(traced_student, compiled_root / "student", taxonomy, tmp_path / "renamed").uri)
+    before, after = (read_manifest(each).files for each in (traced_student, folder))
+    assert {name for name in before if before[name] != after[name]} == {"model.json", "taxonomy.parquet"}
+    (answer,) = Predictor.load(folder).predict([{"title": "Bosch kettle 1.7 l"}])
+    assert answer.category_path == "All goods > Water boilers"
 
 
 def test_what_was_measured_of_the_compiled_student_holds_for_the_renamed_one(

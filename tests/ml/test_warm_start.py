@@ -345,17 +345,17 @@ def test_a_killed_warm_start_ends_like_one_that_was_not(
     parameters = teacher_parameters(earlier, checkpoint_seconds=1e-9)
     whole, _ = make("teacher_checkpoint", inputs, parameters, tmp_path / "whole")
     steps = 0
-    train_step = training._train_step
+    take = training._Step.take
 
     def killed_in_the_middle(*arguments: Any) -> float:
         nonlocal steps
         steps += 1
         if steps == 8:
             raise Killed
-        return train_step(*arguments)
+        return take(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_train_step", killed_in_the_middle)
+        patch.setattr(training._Step, "take", killed_in_the_middle)
         with pytest.raises(Killed):
             make("teacher_checkpoint", inputs, parameters, tmp_path / "killed")
     with monkeypatch.context() as patch:

@@ -48,6 +48,7 @@ UPSTREAM = {
         "training_sample",
     },
     "compiled_student": {"student_checkpoint", "evaluation_set", "taxonomy_change"},
+    "serving_benchmark": {"compiled_student"},
     "model_version": {"student_evaluation", "compiled_student", "taxonomy_change"},
     "offer_endpoint": {"model_version"},
     "catalogued_offers": {"offers", "offer_endpoint"},
@@ -71,6 +72,7 @@ CHECKS = {
         "no_segment_is_worse_than_production",
     },
     "compiled_student": {"compiled_matches_uncompiled"},
+    "serving_benchmark": {"an_instance_meets_latency_and_peak_load"},
     "offer_endpoint": {"endpoint_answers", "endpoint_answers_the_same"},
     "catalogued_offers": {"every_clean_offer_is_catalogued"},
     "drift_report": {

@@ -17,7 +17,7 @@ from resources.endpoints import Endpoints
 from resources.environment import resources_for
 from resources.io_manager import ArtifactRefIOManager
 from resources.offer_feed import DemoOfferFeed, OfferFeed
-from resources.settings import Settings, SettingsError
+from resources.settings import Settings
 from resources.taxonomy_policy import TaxonomyPolicy
 from resources.taxonomy_source import TaxonomySource
 from resources.tracking import Tracking
@@ -32,6 +32,20 @@ HEAVY = {
     "onnxruntime",
     "sklearn",
     "pandas",
+}
+
+
+IN_AWS = {
+    "environment": "aws",
+    "aws_store": "s3://shop-data/offers",
+    "aws_region": "eu-central-1",
+    "aws_role": "arn:aws:iam::123456789012:role/offer-assets-jobs",
+    "aws_training_image": "123456789012.dkr.ecr.eu-central-1.amazonaws.com/offer-assets/training:1",
+    "aws_serving_image": "123456789012.dkr.ecr.eu-central-1.amazonaws.com/offer-assets/serving:1",
+    "aws_endpoint_max_instances": 7,
+    "canary_seconds": 600,
+    "postgres_url": "postgresql+psycopg2://offers@db/dagster",
+    "mlflow_tracking_uri": "https://mlflow.example.com",
 }
 
 
@@ -89,9 +103,24 @@ def test_alerts_go_where_the_settings_say(tmp_path):
     assert (door.routes, door.ui_url) == (str(tmp_path / "alerts.toml"), "https://dagster.example.com")
 
 
-def test_an_environment_without_doors_says_so_in_one_line(tmp_path):
-    with pytest.raises(SettingsError, match=r"^OFFER_ASSETS_ENV=aws.*use local$"):
-        resources_for(Settings(home=tmp_path, environment="aws"))
+def test_aws_has_the_same_doors_with_everything_that_the_settings_say(tmp_path):
+    doors = resources_for(Settings(home=tmp_path, **IN_AWS))
+    assert doors.keys() == resources_for(Settings(home=tmp_path)).keys()
+    store, endpoints = doors["artifact_store"], doors["endpoints"]
+    assert (store.location, store.aws.region) == ("s3://shop-data/offers", "eu-central-1")
+    assert doors["compute"].store is store or doors["compute"].store == store
+    assert (endpoints.max_instances, endpoints.canary_seconds) == (7, 600)
+    assert doors["alerts"].database == IN_AWS["postgres_url"]
+    assert doors["tracking"].inner.tracking_uri == IN_AWS["mlflow_tracking_uri"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_aws_names_all_settings_that_it_misses_in_one_line(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"OFFER_ASSETS_AWS_STORE, .*MLFLOW_TRACKING_URI are missing"
+    ) as error:
+        Settings(home=tmp_path, environment="aws")
+    assert "OFFER_ASSETS_AWS_NEURON_IMAGE" not in str(error.value)
 
 
 def test_loading_every_door_imports_nothing_heavy():

@@ -30,9 +30,9 @@ def test_every_heavy_stage_has_its_machines_by_default_and_the_service_knows_the
     assert {machines.instance_type for machines in plan.values()} <= set(known)
 
 
-def test_what_asks_the_endpoint_and_light_stages_run_here():
+def test_what_asks_the_endpoint_or_measures_this_machine_and_light_stages_run_here():
     plan = read_plan("")
-    assert plan["catalogued_offers"].where == "here"
+    assert plan["catalogued_offers"].where == plan["serving_measurement"].where == "here"
     assert machines_for(plan, STAGES["offers"]).where == "here"
     assert machines_for(plan, STAGES["teacher_checkpoint"]).where == "job"
 
@@ -74,6 +74,7 @@ def test_the_example_can_be_read_and_shows_every_key():
             "but only teacher_checkpoint, teacher_labels, student_",
         ),
         ('[stages.catalogued_offers]\nwhere = "job"', "it asks the endpoint, and jobs have no network"),
+        ('[stages.serving_measurement]\nwhere = "job"', "it measures this machine; on another one, run"),
         ('[stages.teacher_labels]\nwhere = "there"', "where is wrong"),
         ("[stages", "is not TOML"),
     ],

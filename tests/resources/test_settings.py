@@ -117,6 +117,7 @@ def test_an_empty_value_means_the_default(monkeypatch):
         ),
         ("OFFER_ASSETS_MODEL_NAME", "a b", "must have neither spaces nor / or :"),
         ("MLFLOW_TRACKING_URI", "server", "must be a URI such as https://mlflow.example.com"),
+        ("MLFLOW_TRACKING_URI", "arn:aws:s3:::bucket", "must be the ARN of MLflow in SageMaker, such as"),
         ("OFFER_FEED", "nowhere/*.csv", "points nowhere: nothing matches {folder}/nowhere/*.csv"),
         (
             "CATALOG_TAXONOMY",
@@ -204,6 +205,12 @@ def test_routes_that_cannot_be_read_are_told_at_the_start(folder, monkeypatch):
     line = refusal(monkeypatch, OFFER_ASSETS_ALERT_ROUTES="alerts.toml")
     assert line.startswith("OFFER_ASSETS_ALERT_ROUTES: ")
     assert "alerts.toml" in line
+
+
+def test_prices_that_cannot_be_read_are_told_at_the_start(folder, monkeypatch):
+    (folder / "prices.toml").write_text("region = ")
+    line = refusal(monkeypatch, OFFER_ASSETS_PRICES="prices.toml")
+    assert line.startswith(f"OFFER_ASSETS_PRICES: {folder}/prices.toml: is not TOML")
 
 
 def test_secrets_of_routes_may_be_in_the_dotenv_file_and_the_environment_wins(folder, monkeypatch):

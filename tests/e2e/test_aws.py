@@ -1,0 +1,192 @@
+"""The whole graph with ``OFFER_ASSETS_ENV=aws``: a real ``dagster dev`` on PostgreSQL, and AWS stood in for.
+
+Jobs, batch transforms and endpoints run the commands of their containers on this machine; requests are held
+against the service's model. Everything of Dagster is killed while the teacher learns in its job.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from offer_assets.launch import launch
+from tests.aws.cloud import Cloud, cloud_at, service_client
+from tests.aws.iam import actions_of_requests, allowed_actions
+from tests.postgres import postgres_server, postgres_url
+from tests.small_encoder import small_encoder
+
+from .conftest import Ui, environment, run, running_dev, wait_for
+
+__all__ = ["postgres_server", "postgres_url"]
+
+pytestmark = [pytest.mark.xdist_group("aws"), pytest.mark.timeout(1500)]
+
+BUCKET = "offer-assets-whole-graph"
+PREFIX = "shop/"
+DAYS = ("2026-11-01", "2026-11-02")
+SMALL = {
+    "OFFER_ASSETS_DEMO_DAYS": "2",
+    "OFFER_ASSETS_DEMO_OFFERS_PER_DAY": "1200",
+    "OFFER_ASSETS_LABELLED_OFFERS": "800",
+    "OFFER_ASSETS_UNLABELLED_OFFERS": "200",
+    "OFFER_ASSETS_TEACHER_EPOCHS": "6",
+    "OFFER_ASSETS_STUDENT_EPOCHS": "6",
+    "OFFER_ASSETS_STUDENT_LAYERS": "1",
+    "OFFER_ASSETS_MAX_TOKENS": "32",
+    "OFFER_ASSETS_ENCODER": f"s3://{BUCKET}/encoders/small",
+}
+RUNS = """
+{ runsOrError { ... on Runs { results { runId status jobName startTime endTime } } } }"""
+
+
+@dataclass
+class Production:
+    """What came of it."""
+
+    cloud: Cloud
+    ui: Ui
+    env: dict[str, str]
+    home: Path
+    runs: list[dict[str, object]]
+    started_jobs: Counter[str]
+    """Training jobs by stage."""
+
+
+@pytest.fixture(scope="module")
+def production(postgres_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Production]:
+    folder = tmp_path_factory.mktemp("aws")
+    with cloud_at(folder / "cloud", BUCKET) as cloud:
+        upload(small_encoder(folder / "encoder"), cloud, "encoders/small")
+        env = environment(folder / "home", **SMALL, **cloud.settings(f"s3://{BUCKET}/{PREFIX}"))
+        env |= {
+            "OFFER_ASSETS_POSTGRES_URL": postgres_server,
+            "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}",
+        }
+        log = folder / "dev.log"
+        with running_dev(env, log) as dev:
+            assert launch(dev.ui.url, "adopt_taxonomy")
+            with ThreadPoolExecutor() as threads:  # two runs at once
+                assert all(threads.map(lambda day: launch(dev.ui.url, "ingest_day", day), DAYS))
+            threading.Thread(target=launch_unwatched, args=(dev.ui.url,), daemon=True).start()
+            wait_for(lambda: cloud.objects(f"{PREFIX}checkpoints/teacher_checkpoint/"), "a checkpoint", 300)
+            dev.kill()
+        with running_dev(env, log) as dev:
+            assert launch(dev.ui.url, "train_and_release", "cpu"), log.read_text()[-6000:]
+            assert launch(dev.ui.url, "catalogue_day", DAYS[-1]), log.read_text()[-6000:]
+            assert launch(dev.ui.url, "measure_quality"), log.read_text()[-6000:]
+            yield Production(
+                cloud=cloud,
+                ui=dev.ui,
+                env=env,
+                home=folder / "home",
+                runs=dev.ui.query(RUNS)["runsOrError"]["results"],
+                started_jobs=Counter(
+                    re.sub(r"^offer-assets-|-[0-9a-f]{16}-\d+$", "", name) for name in cloud.jobs.jobs
+                ),
+            )
+
+
+def launch_unwatched(url: str) -> None:
+    """Start the training whose Dagster is going to be killed: nobody hears how it ends."""
+    from ml.errors import InputError
+
+    try:
+        launch(url, "train_and_release", "cpu")
+    except InputError:
+        return
+
+
+def upload(folder: Path, cloud: Cloud, prefix: str) -> None:
+    for path in folder.iterdir():
+        service_client(cloud.url, "s3").upload_file(str(path), BUCKET, f"{prefix}/{path.name}")
+
+
+def test_a_training_that_outlives_its_daemon_is_picked_up_and_not_started_twice(
+    production: Production,
+) -> None:
+    assert production.started_jobs["teacher-checkpoint"] == 1
+    statuses = Counter(
+        (str(each["jobName"]), str(each["status"]))
+        for each in production.runs
+        if each["jobName"] == "train_and_release"
+    )
+    assert statuses == {("train_and_release", "SUCCESS"): 1, ("train_and_release", "FAILURE"): 1}
+
+
+def test_two_days_were_taken_at_once(production: Production) -> None:
+    first, second = [each for each in production.runs if each["jobName"] == "ingest_day"][:2]
+    assert max(first["startTime"], second["startTime"]) < min(first["endTime"], second["endTime"])
+
+
+def test_heavy_stages_ran_as_jobs_and_each_once(production: Production) -> None:
+    assert {
+        "teacher-checkpoint",
+        "teacher-labels",
+        "fast-checkpoint",
+        "student-checkpoint",
+        "student-evaluation",
+        "compiled-student",
+    } <= production.started_jobs.keys()
+    assert set(production.started_jobs.values()) == {1}
+
+
+def test_every_artifact_lies_encrypted_in_s3_and_none_in_the_home_folder(production: Production) -> None:
+    keys = production.cloud.objects(f"{PREFIX}artifacts/")
+    kinds = {key.removeprefix(f"{PREFIX}artifacts/").split("/")[0] for key in keys}
+    assert {
+        "catalog_taxonomy",
+        "offers",
+        "training_sample",
+        "teacher_checkpoint",
+        "compiled_student",
+        "catalogued_offers",
+        "drift_report",
+        "live_quality",
+    } <= kinds
+    s3 = service_client(production.cloud.url, "s3")
+    for key in production.cloud.objects(PREFIX):
+        assert s3.head_object(Bucket=BUCKET, Key=key).get("ServerSideEncryption") == "aws:kms", key
+    assert not (production.home / "artifacts").exists()
+
+
+def test_the_endpoint_serves_the_version_in_production(production: Production) -> None:
+    answer = run(["offer_assets", "endpoint"], production.env)
+    assert answer.returncode == 0, answer.stderr
+    history = run(["offer_assets", "history"], production.env)
+    (version,) = set(re.findall(r"\b[0-9a-f]{12}\b", answer.stdout))
+    assert version in history.stdout
+    runtime = service_client(production.cloud.url, "sagemaker-runtime")
+    said = runtime.invoke_endpoint(
+        EndpointName="offer-assets",
+        ContentType="application/json",
+        Body=b'{"offers": [{"offer_id": "1", "title": "Kingston 64GB RAM"}]}',
+    )
+    assert version in said["Body"].read().decode()
+
+
+def test_the_registered_version_is_an_approved_package(production: Production) -> None:
+    sagemaker = service_client(production.cloud.url, "sagemaker")
+    (package,) = sagemaker.list_model_packages(ModelPackageGroupName="offer-assets")[
+        "ModelPackageSummaryList"
+    ]
+    assert package["ModelApprovalStatus"] == "Approved"
+
+
+def test_the_day_was_catalogued_by_a_batch_transform(production: Production) -> None:
+    (job,) = production.cloud.transforms.jobs.values()
+    assert job.status == "Completed"
+
+
+def test_nothing_was_called_that_the_policy_of_the_orchestrator_does_not_allow(
+    production: Production,
+) -> None:
+    needed = actions_of_requests(production.cloud.stand_in.calls)
+    assert {"sagemaker:CreateTrainingJob", "sagemaker:CreateEndpoint", "s3:PutObject"} <= needed
+    assert needed <= allowed_actions("orchestrator")
