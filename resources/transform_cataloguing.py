@@ -25,7 +25,7 @@ from resources.aws import AwsAccess
 from resources.cataloguing import Cataloguing
 from resources.compute import AnyContext, StageResult
 from resources.endpoints import variant_name
-from resources.failures import input_errors_fail_plainly
+from resources.failures import InputFailure, input_errors_fail_plainly
 from resources.few_offers import ask_endpoint
 from resources.s3_artifact_store import S3ArtifactStore
 from resources.s3_objects import S3Objects
@@ -71,12 +71,12 @@ class TransformCataloguing(Cataloguing):
             plan = self._plan(context, day, offers, model, work / "captured")
             prepared, answers = self.compute.folder(plan.ref), work / "answers"
             answers.mkdir()
-            if plan.manifest.metrics["asked"]:
-                self._have_answered(context, plan, model, prepared, answers)
-            else:
-                context.log.info("every offer was answered already: nothing is asked")
+            origin = self._have_answered(context, plan, model, prepared, answers)
             given = CataloguedOffersParameters(prepared=str(prepared), answers=str(answers))
-            return self.compute.run(context, "catalogued_offers", inputs, given)
+            try:
+                return self.compute.run(context, "catalogued_offers", inputs, given)
+            except InputFailure as error:
+                raise InputFailure(f"{error.description} (the job's answers: {origin})") from None
 
     def _plan(
         self, context: AnyContext, day: str, offers: ArtifactRef, model: ArtifactRef, captured: Path
@@ -102,13 +102,16 @@ class TransformCataloguing(Cataloguing):
 
     def _have_answered(
         self, context: AnyContext, plan: StageResult, model: ArtifactRef, prepared: Path, answers: Path
-    ) -> None:
-        """Bring an answer for each offer that has none into the folder ``answers``."""
+    ) -> str:
+        """Bring an answer for each offer that has none into the folder ``answers``; returns where from."""
         asked, shards = plan.manifest.metrics["asked"], plan.manifest.metrics["shards"]
+        if not asked:
+            context.log.info("every offer was answered already: nothing is asked")
+            return "none"
         if asked < self.bulk_from and self._serves(model):
             context.log.info(f"{asked:,} offers go through the endpoint: too few for a job")
             ask_endpoint(self.endpoints, variant_name(model), prepared, answers)
-            return
+            return "none, the endpoint was asked"
         jobs = TransformJobs(self.aws, self._location, context.log, self.poll_seconds)
 
         def request(name: str) -> TransformRequest:
@@ -124,7 +127,9 @@ class TransformCataloguing(Cataloguing):
             )
 
         names = (transform_name(self.name, plan.ref.version, model.version, attempt) for attempt in count(1))
-        jobs.fetch(jobs.answered(names, shards, request, f"{asked:,} offers in {shards:,} files"), answers)
+        job = jobs.answered(names, shards, request, f"{asked:,} offers in {shards:,} files")
+        jobs.fetch(job, answers)
+        return jobs.target(job)
 
     def _made_model(self, model: ArtifactRef) -> str:
         """Name of the SageMaker model: the one that the endpoint serves, unless settings differ."""

@@ -31,6 +31,7 @@ from ml.serving.variants import (
     variant_of,
 )
 
+_ENCODER = msgspec.json.Encoder()
 _SECONDS_PER_LINE = 30
 
 
@@ -70,21 +71,25 @@ class PredictorAnswers:
             raise Refusal(400, f"there is no variant {wanted} here: {self._variant} serves")
         content_type = headers.get("content-type", "").split(";")[0].strip().lower()
         loop = asyncio.get_running_loop()
-        predictions = await loop.run_in_executor(self._inference, self._predict, body, content_type)
-        offers, unsure = len(predictions), _unsure(predictions)
+        accepted = _accepted_lines(headers)
+        answer, offers, unsure = await loop.run_in_executor(
+            self._inference, self._predict, body, content_type, bool(accepted)
+        )
         self._tally.add(offers, unsure)
-        counted = {OFFERS_HEADER: f"{offers};{unsure}"}
-        if accepted := _accepted_lines(headers):
-            lines = msgspec.json.Encoder().encode_lines(predictions)
-            return Answer(body=lines, headers={"content-type": accepted, **counted})
-        return Answer(body=msgspec.json.encode(_Predictions(predictions)), headers=counted)
+        told = {"content-type": accepted} if accepted else {}
+        return Answer(body=answer, headers={OFFERS_HEADER: f"{offers};{unsure}", **told})
 
     def close(self) -> None:
         """Tell what was not told yet."""
         self._tally.tell()
 
-    def _predict(self, body: bytes, content_type: str) -> list[Prediction]:
-        return self._predictor.predict(_decode_lines(body) if content_type in JSON_LINES else _decode(body))
+    def _predict(self, body: bytes, content_type: str, in_lines: bool) -> tuple[bytes, int, int]:
+        offers = _decode_lines(body) if content_type in JSON_LINES else _decode(body)
+        predictions = self._predictor.predict(offers)
+        answer = (
+            _ENCODER.encode_lines(predictions) if in_lines else _ENCODER.encode(_Predictions(predictions))
+        )
+        return answer, len(predictions), _unsure(predictions)
 
 
 class _Tally:

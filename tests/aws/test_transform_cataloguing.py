@@ -246,7 +246,9 @@ def test_a_failure_that_a_person_has_to_mend_is_one_line_and_not_retried(day):
 
 def test_damaged_answers_are_one_clear_line_and_made_again_once_deleted(day):
     good, day.runner.answer = day.runner.answer, lambda body: b'{"offer_id": "1"'
-    with pytest.raises(InputError, match=r"offers-000000\.jsonl\.out line 1 is not a prediction.*run again"):
+    with pytest.raises(
+        InputError, match=r"offers-000000\.jsonl\.out line 1 is not a prediction.*run again \(.* s3://"
+    ):
         day.run()
     assert day.created() == 1
     day.runner.answer = good
