@@ -485,11 +485,16 @@ def test_a_stage_that_is_to_run_here_runs_here(stand_in, instance, tmp_path):
         assert text_of(compute, made) == "abc"
 
 
-def test_a_job_of_another_installation_is_not_mistaken_for_ours(run, instance, tmp_path):
-    run("heavy")
-    other = compute_of(tmp_path / "other", location=f"s3://{BUCKET}/other")
+def test_a_job_of_another_installation_is_not_mistaken_for_ours(run, runner, stand_in):
+    def theirs(given: dict[str, Any]) -> dict[str, Any]:
+        if not given["TrainingJobName"].endswith("-1"):
+            raise ServiceError("ValidationException", "Requested resource not found.")
+        return Job(given | {"OutputDataConfig": {"S3OutputPath": f"s3://{BUCKET}/other/jobs"}}).description()
+
+    stand_in.handlers["DescribeTrainingJob"] = theirs
     with pytest.raises(dg.Failure, match="of another installation in this account"):
-        run_of(other, instance)("heavy")
+        run("heavy")
+    assert not runner.jobs
 
 
 def test_a_service_that_answers_nothing_for_long_ends_the_watching_and_not_the_job(
