@@ -111,7 +111,8 @@ class ArtifactCache:
         removed.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
             folder.rename(removed / uuid.uuid4().hex)
-        shutil.rmtree(removed, ignore_errors=True)
+        for left in removed.iterdir():  # the folder itself stays: others may be moving something there
+            shutil.rmtree(left, ignore_errors=True)
 
     def _in_use(self) -> set[str]:
         """What processes that live have got; the lists of dead ones are removed."""

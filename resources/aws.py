@@ -83,16 +83,17 @@ def client_for(service: str, region: str) -> Any:
         if (service, region) not in _CLIENTS:
             from botocore.config import Config
 
-            _CLIENTS[service, region] = _session().client(
-                service,
-                region_name=region,
-                config=Config(
-                    retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
-                    connect_timeout=_SECONDS_TO_CONNECT,
-                    read_timeout=_SECONDS_TO_READ,
-                    user_agent_extra="offer-assets",
-                ),
-            )
+            with aws_errors(f"connecting to {service} in {region}"):
+                _CLIENTS[service, region] = _session().client(
+                    service,
+                    region_name=region,
+                    config=Config(
+                        retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
+                        connect_timeout=_SECONDS_TO_CONNECT,
+                        read_timeout=_SECONDS_TO_READ,
+                        user_agent_extra="offer-assets",
+                    ),
+                )
         return _CLIENTS[service, region]
 
 
@@ -127,7 +128,17 @@ def aws_errors(doing: str) -> Iterator[None]:
         InputError: a person has to change something (permission, bucket, credentials, quota).
         dg.Failure: the service failed or could not be reached, all attempts used up; a retry may help.
     """
-    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, ParamValidationError
+    from botocore.exceptions import (
+        BotoCoreError,
+        ClientError,
+        ConfigParseError,
+        NoCredentialsError,
+        ParamValidationError,
+        PartialCredentialsError,
+        ProfileNotFound,
+        SSOError,
+        TokenRetrievalError,
+    )
 
     try:
         yield
@@ -135,6 +146,14 @@ def aws_errors(doing: str) -> Iterator[None]:
         raise InputError(
             f"{doing}: there are no AWS credentials; run with a role, or set AWS_PROFILE"
         ) from None
+    except (
+        ConfigParseError,
+        PartialCredentialsError,
+        ProfileNotFound,
+        SSOError,
+        TokenRetrievalError,
+    ) as error:
+        raise InputError(f"{doing}: {_one_line(error)}; mend the credentials or AWS_PROFILE") from None
     except ParamValidationError as error:
         raise InputError(f"{doing}: {_one_line(error)}") from None
     except ClientError as error:

@@ -51,13 +51,11 @@ class JobLogReader(dg.PipesMessageReader):
 
     def read(self) -> None:
         """Take over what is new. A log that cannot be read is told once, and is no reason to end a job."""
-        try:
+        with self._errors_told_once():
             for stream in self._streams():
-                self._read_stream(stream)
-        except (InputError, dg.Failure) as error:
-            if not self._is_warned:
-                self._log.warning(f"the job goes on, but its log cannot be read: {error}")
-            self._is_warned = True
+                # Each by itself: where to read on in a log that says nothing more is forgotten after a day.
+                with self._errors_told_once():
+                    self._read_stream(stream)
 
     def read_rest(self, seconds: float) -> None:
         """Take over what is still on its way after the job's end, waiting ``seconds`` at most."""
@@ -66,6 +64,15 @@ class JobLogReader(dg.PipesMessageReader):
         while not self._handler.received_closed_message and time.monotonic() < deadline:
             time.sleep(min(1.0, seconds / 10))
             self.read()
+
+    @contextmanager
+    def _errors_told_once(self) -> Iterator[None]:
+        try:
+            yield
+        except (InputError, dg.Failure) as error:
+            if not self._is_warned:
+                self._log.warning(f"the job goes on, but its log cannot be read: {error}")
+            self._is_warned = True
 
     def _streams(self) -> list[str]:
         from botocore.exceptions import ClientError

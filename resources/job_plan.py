@@ -103,7 +103,10 @@ def plan_table(plan: JobPlan) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
     total = sum(machines.max_instance_hours for machines in plan.values())
-    lines.append(f"A run that makes everything pays for {total:g} instance hours at most.")
+    lines.append(
+        "A run that makes everything, with no job that fails and is tried again, "
+        f"pays for {total:g} instance hours at most."
+    )
     return "\n".join(lines)
 
 

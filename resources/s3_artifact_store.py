@@ -231,6 +231,9 @@ class S3ArtifactStore(ArtifactStore):
         for name in manifest.files:
             if not (partial / name).resolve().is_relative_to(partial.resolve()):
                 self._refuse(ref, f"its manifest lists {name}, which lies outside of the artifact")
+        for path in partial.rglob("*"):  # halves of files that a killed process left
+            if path.is_file() and path.relative_to(partial).as_posix() not in manifest.files:
+                path.unlink()
         missing = [name for name, entry in manifest.files.items() if not _is_file(partial / name, entry)]
         self._objects.download(_folder_of(ref), missing, partial)
         (partial / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2))

@@ -31,6 +31,8 @@ _READS = 5
 _MISSING = frozenset({"NoSuchKey", "404"})
 _CONFLICTS = frozenset({"PreconditionFailed", "ConditionalRequestConflict"})
 _SHA256 = "sha256"
+_MAKE_AGAIN = "delete the manifest and run again"
+"""As long as a job's output has a manifest it is taken for finished, and nothing else is tried."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -241,7 +243,7 @@ class S3Objects:
                 size = s3.head_object(**origin)["ContentLength"]
                 if size != entry.bytes:
                     raise InputError(
-                        f"{uri} has {size} bytes, its manifest says {entry.bytes}; make it again"
+                        f"{uri} has {size} bytes, its manifest says {entry.bytes}; {_MAKE_AGAIN}"
                     )
                 if size > self._copy_bytes:
                     s3.copy(CopySource=origin, **target, ExtraArgs=described, Config=self._transfer_config())
@@ -250,9 +252,9 @@ class S3Objects:
             except ClientError as error:
                 if error_code(error) not in _MISSING:
                     raise
-                raise InputError(f"{uri} is missing though its manifest lists it; make it again") from None
+                raise InputError(f"{uri} is missing though its manifest lists it; {_MAKE_AGAIN}") from None
         if (checksum := copied.get("ChecksumSHA256")) and _in_hex(checksum) != entry.sha256:
-            raise InputError(f"{uri} differs from its digest in the manifest; make it again")
+            raise InputError(f"{uri} differs from its digest in the manifest; {_MAKE_AGAIN}")
 
     def read_all(self, names: Sequence[str]) -> list[bytes | None]:
         """Contents of many small objects, several at a time, in the order of ``names``."""

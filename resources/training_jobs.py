@@ -167,6 +167,8 @@ def failure_of(job: Mapping[str, Any], metadata: Mapping[str, Any]) -> InputErro
             f"training job {name} {_TIMES_OUT[job['SecondaryStatus']]} (max_hours is {hours:g}); {_GOES_ON}, "
             "or raise max_hours in OFFER_ASSETS_AWS_JOBS",
             metadata=metadata,
+            # A retry would pay for as much again, beyond what a person agreed to.
+            allow_retries=job["SecondaryStatus"] != "MaxRuntimeExceeded",
         )
     if job["TrainingJobStatus"] == "Stopped":
         return dg.Failure(f"training job {name} was stopped; {_GOES_ON}", metadata=metadata)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import boto3
-import httpx
 
 from tests.aws.stand_in import ACCOUNT, REGION, SERVICE_CREDENTIALS, StandIn, environment, running
 from tests.aws.stand_in_endpoints import EndpointHost
@@ -61,7 +60,6 @@ def cloud_at(folder: Path, bucket: str) -> Iterator[Cloud]:
     """A fresh AWS whose containers work below ``folder``; all of their processes end with the block."""
     with ExitStack() as stack:
         stand_in = stack.enter_context(running(StandIn()))
-        httpx.post(f"{stand_in.url}/moto-api/reset").raise_for_status()
         service_client(stand_in.url, "s3").create_bucket(
             Bucket=bucket, CreateBucketConfiguration={"LocationConstraint": REGION}
         )

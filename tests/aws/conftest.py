@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache
 
-import httpx
 import pytest
 from botocore.loaders import create_loader
 
@@ -26,7 +25,6 @@ _loader = cache(create_loader)
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     """A fresh AWS, with an empty bucket :data:`BUCKET`."""
     with running(StandIn()) as server:
-        httpx.post(f"{server.url}/moto-api/reset").raise_for_status()
         for name, value in environment(server.url).items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr("botocore.session.create_loader", _loader)

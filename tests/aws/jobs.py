@@ -35,7 +35,7 @@ def compute_of(folder: Path, *, location: str = LOCATION, **settings: Any) -> Sa
     """As of one orchestrator, with its own local folder and short pauses."""
     aws = access()
     store = S3ArtifactStore(aws=aws, location=location, feed="feed", home=str(folder / "home"))
-    quick = {"program": PROGRAM, "poll_seconds": 0.05, "log_seconds": 1.0}
+    quick = {"program": PROGRAM, "poll_seconds": 0.2, "log_seconds": 1.0}
     return SageMakerCompute(
         aws=aws, store=store, training_image=IMAGE, name="offer-assets", **(quick | settings)
     )

@@ -20,6 +20,7 @@ from typing import Any
 import botocore.session
 from botocore.model import OperationModel, ServiceModel
 from botocore.validate import ParamValidator
+from moto.moto_api._internal.models import moto_api_backend
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 from werkzeug.wrappers import Request, Response
@@ -162,7 +163,8 @@ def _sagemaker() -> ServiceModel:
 
 @contextmanager
 def running(stand_in: StandIn) -> Iterator[StandIn]:
-    """Serve on a free port of the loopback interface until the block ends."""
+    """Serve, with nothing in it, on a free port of the loopback interface until the block ends."""
+    moto_api_backend.reset()
     server = make_server("127.0.0.1", 0, stand_in, threaded=True, request_handler=_Quiet)
     stand_in.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, args=(_SECONDS_TO_STOP,), daemon=True)

@@ -228,8 +228,10 @@ class TestTransfers:
         reader = world.elsewhere()
         with pytest.raises(dg.Failure):
             reader.fetch(ref)
+        (partial,) = Path(reader.home, "cache", "partial", KIND, KEY).iterdir()
+        (partial / "data.txt.0123abcd").write_text("half of what a killed process downloaded")
         stand_in.raw_handlers.clear()
-        reader.fetch(ref)
+        assert {file.name for file in reader.fetch(ref).iterdir()} == {"data.txt", "another.txt", MANIFEST}
         fetched = [call for _, call in stand_in.calls if call.startswith("GET") and "another.txt" in call]
         assert len(fetched) == 1
 
@@ -446,7 +448,7 @@ class TestWhatJobsWrote:
     @pytest.mark.parametrize(
         ("changes", "said"),
         [
-            ({"big": None}, r"output/big is missing"),
+            ({"big": None}, r"output/big is missing .*delete the manifest and run again"),
             ({"big": b"too short"}, r"output/big has 9 bytes, its manifest says 11534336"),
             ({"+ %": b"ODD"}, r"output/\+ % differs from its digest"),
             ({MANIFEST: None}, r"jobs/1/output is not an artifact"),

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dagster as dg
@@ -25,6 +26,7 @@ from ml.artifacts import verify
 from ml.errors import InputError
 from ml.stages import CompileParameters, Stage, StudentParameters, TeacherParameters
 from resources import sagemaker_compute as sagemaker_compute_module
+from resources.job_logs import LOG_GROUP, JobLogReader
 from resources.job_plan import JobMachines
 from resources.sagemaker_compute import SageMakerCompute
 from resources.training_jobs import JobRequest, encoder_prefix, failure_of, job_name
@@ -241,7 +243,6 @@ def ended(status: str = "Failed", secondary: str = "", reason: str = "") -> dict
         (ended(reason="InternalServerError: We encountered an internal error."), "InternalServerError"),
         (ended(), "no reason was given"),
         (ended("Stopped"), "was stopped"),
-        (ended("Stopped", "MaxRuntimeExceeded"), r"computed for as long as it may \(max_hours is 2\)"),
         (ended("Stopped", "MaxWaitTimeExceeded"), "waited for spot capacity"),
     ],
 )
@@ -251,6 +252,13 @@ def test_what_a_repetition_may_mend_can_be_retried_and_says_that_it_continues(jo
     assert failure.allow_retries
     assert re.search(line, failure.description)
     assert "continues from its last checkpoint" in failure.description
+
+
+def test_a_job_that_used_up_its_time_is_not_paid_for_again_without_being_asked():
+    failure = failure_of(ended("Stopped", "MaxRuntimeExceeded"), {})
+    assert isinstance(failure, dg.Failure)
+    assert not failure.allow_retries
+    assert "computed for as long as it may (max_hours is 2); run it again" in failure.description
 
 
 @pytest.mark.parametrize(
@@ -395,22 +403,16 @@ def test_two_that_start_the_same_at_once_share_one_job(stand_in, jobs, tmp_path)
     assert [result.ref for result in results] == [results[0].ref] * 2
 
 
-@pytest.mark.parametrize(
-    ("operation", "fault"),
-    [
-        ("sagemaker:CreateTrainingJob", {"times": 3}),
-        ("sagemaker:CreateTrainingJob", {"times": 2, "code": "InternalFailure", "status": 500}),
-        ("sagemaker:DescribeTrainingJob", {"times": 20}),
-        ("sagemaker:DescribeTrainingJob", {"times": 3, "code": "ServiceUnavailable", "status": 503}),
-        ("logs:GetLogEvents", {"times": 3}),
-    ],
-)
-def test_throttling_and_errors_of_the_service_are_survived(run, runner, stand_in, operation, fault):
-    runner.before = lambda _: stand_in.fail_next(operation, **fault) if "Create" not in operation else None
-    if "Create" in operation:
-        stand_in.fail_next(operation, **fault)
+def test_throttling_of_the_service_is_survived(run, runner, stand_in):
+    def throttle(_: Job) -> None:
+        stand_in.fail_next("sagemaker:DescribeTrainingJob", times=20)
+        stand_in.fail_next("logs:GetLogEvents", times=3)
+
+    runner.before = throttle
+    stand_in.fail_next("sagemaker:CreateTrainingJob", times=3)
     assert not run("heavy").reused
     assert len(runner.jobs) == 1
+    assert all(fault.times == 0 for fault in stand_in.faults)
 
 
 @pytest.mark.parametrize("times", [1, 8])
@@ -433,6 +435,21 @@ def test_a_log_that_cannot_be_read_is_told_once_and_ends_no_job(run, stand_in, i
     stand_in.fail_next("logs:DescribeLogStreams", times=1_000, code="AccessDeniedException")
     assert not run("heavy").reused
     assert len([line for line in lines(instance) if "its log cannot be read" in line]) == 1
+
+
+def test_one_log_that_cannot_be_read_on_keeps_no_other_from_being_read(stand_in):
+    logs = access().client("logs")
+    logs.create_log_group(logGroupName=LOG_GROUP)
+    for stream in ("job-1/algo-1-1", "job-1/algo-1-2"):
+        logs.create_log_stream(logGroupName=LOG_GROUP, logStreamName=stream)
+        event = {"timestamp": int(time.time() * 1000), "message": f"line of {stream}"}
+        logs.put_log_events(logGroupName=LOG_GROUP, logStreamName=stream, logEvents=[event])
+    warned: list[str] = []
+    reader = JobLogReader(access(), "job-1", SimpleNamespace(warning=warned.append))
+    stand_in.fail_next("logs:GetLogEvents", code="InvalidParameterException")
+    reader.read()
+    assert list(reader.last_lines) == ["line of job-1/algo-1-2"]
+    assert len(warned) == 1
 
 
 def test_what_a_job_finished_while_nobody_watched_is_taken_over(run, runner, stand_in):
@@ -468,11 +485,16 @@ def test_a_stage_that_is_to_run_here_runs_here(stand_in, instance, tmp_path):
         assert text_of(compute, made) == "abc"
 
 
-def test_a_job_of_another_installation_is_not_mistaken_for_ours(run, instance, tmp_path):
-    run("heavy")
-    other = compute_of(tmp_path / "other", location=f"s3://{BUCKET}/other")
+def test_a_job_of_another_installation_is_not_mistaken_for_ours(run, runner, stand_in):
+    def theirs(given: dict[str, Any]) -> dict[str, Any]:
+        if not given["TrainingJobName"].endswith("-1"):
+            raise ServiceError("ValidationException", "Requested resource not found.")
+        return Job(given | {"OutputDataConfig": {"S3OutputPath": f"s3://{BUCKET}/other/jobs"}}).description()
+
+    stand_in.handlers["DescribeTrainingJob"] = theirs
     with pytest.raises(dg.Failure, match="of another installation in this account"):
-        run_of(other, instance)("heavy")
+        run("heavy")
+    assert not runner.jobs
 
 
 def test_a_service_that_answers_nothing_for_long_ends_the_watching_and_not_the_job(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -154,6 +155,19 @@ def test_a_copy_replaces_what_lay_in_its_place(cache, tmp_path):
         cache.put(ref, lambda partial: finish(partial, []))
     assert cache.is_copy_of(ref)
     assert (old / "data.bin").read_bytes() == b"x"
+
+
+def test_what_many_remove_at_once_is_gone(cache):
+    keys = [f"k{number}" for number in range(120)]
+    folders = [copy(cache, key) for key in keys]
+
+    def discard(key: str) -> None:
+        with cache.held(KIND, key):
+            cache.discard(KIND, key)
+
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        list(pool.map(discard, keys))
+    assert present(folders) == [False] * len(folders)
 
 
 def finish(partial: Path, found: list[str]) -> None:

@@ -118,7 +118,7 @@ def test_a_damaged_input_is_refused(run, stage):
 
 def test_the_origin_of_an_artifact_may_be_gone(compute, run):
     student = run("upstream").ref
-    compiled = run("heavy", {"upstream": student}).ref
+    compiled = run("light", {"upstream": student}).ref
     shutil.rmtree(student.uri)
-    with pytest.raises(dg.Failure, match=r"the upstream that heavy .* is gone: train and deploy again"):
+    with pytest.raises(dg.Failure, match=r"the upstream that light .* is gone: train and deploy again"):
         compute.origin(compiled, "upstream")
