@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import boto3
-import httpx
 
+from tests import plain_http
 from tests.aws.stand_in import ACCOUNT, REGION, SERVICE_CREDENTIALS, StandIn, environment, running
 from tests.aws.stand_in_endpoints import EndpointHost
 from tests.aws.stand_in_jobs import JobRunner
@@ -61,7 +61,7 @@ def cloud_at(folder: Path, bucket: str) -> Iterator[Cloud]:
     """A fresh AWS whose containers work below ``folder``; all of their processes end with the block."""
     with ExitStack() as stack:
         stand_in = stack.enter_context(running(StandIn()))
-        httpx.post(f"{stand_in.url}/moto-api/reset").raise_for_status()
+        plain_http.post(f"{stand_in.url}/moto-api/reset").raise_for_status()
         service_client(stand_in.url, "s3").create_bucket(
             Bucket=bucket, CreateBucketConfiguration={"LocationConstraint": REGION}
         )

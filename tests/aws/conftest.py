@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache
 
-import httpx
 import pytest
 from botocore.loaders import create_loader
 
 from resources.aws import AwsAccess, forget_clients
+from tests import plain_http
 from tests.aws.stand_in import ACCOUNT, REGION, StandIn, environment, running
 
 BUCKET = "offer-assets-tests"
@@ -23,7 +23,7 @@ _loader = cache(create_loader)
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     """A fresh AWS, with an empty bucket :data:`BUCKET`."""
     with running(StandIn()) as server:
-        httpx.post(f"{server.url}/moto-api/reset").raise_for_status()
+        plain_http.post(f"{server.url}/moto-api/reset").raise_for_status()
         for name, value in environment(server.url).items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr("botocore.session.create_loader", _loader)

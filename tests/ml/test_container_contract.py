@@ -18,6 +18,7 @@ import httpx
 import pytest
 
 from ml.serving.predictor import Predictor
+from tests import plain_http
 from tests.container import IMAGES, command_of, environment_of, health_check_of, run
 from tests.ml.compiled_models import TITLES
 
@@ -40,7 +41,7 @@ class Container:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def invoke(self, offers, client=httpx) -> httpx.Response:
+    def invoke(self, offers, client=plain_http) -> httpx.Response:
         return client.post(f"{self.url}/invocations", json={"offers": offers}, timeout=60)
 
     def connect(self) -> socket.socket:
@@ -48,7 +49,7 @@ class Container:
 
     def is_pinged(self) -> bool:
         with contextlib.suppress(httpx.TransportError):
-            return httpx.get(f"{self.url}/ping", timeout=2).status_code == 200
+            return plain_http.get(f"{self.url}/ping", timeout=2).status_code == 200
         return False
 
 
@@ -103,7 +104,7 @@ def test_the_health_check_of_the_image_tells_whether_it_answers(container):
 
 def test_many_clients_at_once_get_each_their_own_answer(container):
     alone = {offer["offer_id"]: container.invoke([offer]).json()["predictions"][0] for offer in OFFERS}
-    with ThreadPoolExecutor(8) as pool, httpx.Client() as client:
+    with ThreadPoolExecutor(8) as pool, plain_http.Client() as client:
         answers = list(pool.map(lambda n: container.invoke(OFFERS[n : n + 5], client), range(40)))
     for start, answer in enumerate(answers):
         assert answer.status_code == 200
@@ -122,7 +123,7 @@ def test_what_sagemaker_puts_around_a_request_changes_nothing(container):
         for offer in OFFERS[:3]:
             yield json.dumps(offer).encode() + b"\n"
 
-    answer = httpx.post(f"{container.url}/invocations", content=in_pieces(), headers=headers, timeout=60)
+    answer = plain_http.post(f"{container.url}/invocations", content=in_pieces(), headers=headers, timeout=60)
     assert answer.json() == container.invoke(OFFERS[:3]).json()
 
 

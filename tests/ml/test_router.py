@@ -1,6 +1,6 @@
 """The router: who gets which request, what it passes on, how it is steered and how it ends.
 
-The servers behind it are those of ``tests.resources.stand_in``, which answer without a model.
+The servers behind it are those of ``tests.resources.stand_in_server``, which answer without a model.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from ml.serving.routing import RoutedVariant, RoutePlan, RouterGoneError, ask
 from ml.serving.seen import Seen
 from ml.serving.shares import BLOCK, Shares
 from ml.serving.variants import INVOKED_VARIANT_HEADER, OFFERS_HEADER, TARGET_VARIANT_HEADER
+from tests import plain_http
 
-PROGRAM = "tests.resources.stand_in"
+PROGRAM = "tests.resources.stand_in_server"
 OFFERS = {"offers": [{"offer_id": "1", "title": "a"}]}
 
 weights = st.lists(st.integers(0, 100), min_size=1, max_size=6).filter(any)
@@ -121,11 +122,11 @@ class Router:
         return RoutedVariant(model=str(folder), model_version=self.versions[folder.name], weight=share)
 
     def post(self, content: bytes = json.dumps(OFFERS).encode(), **headers: str) -> httpx.Response:
-        return httpx.post(f"{self.url}/invocations", content=content, headers=headers, timeout=60)
+        return plain_http.post(f"{self.url}/invocations", content=content, headers=headers, timeout=60)
 
     def answered_by(self, requests: int) -> Counter[str]:
         names = {version: name for name, version in self.versions.items()}
-        with httpx.Client() as client:
+        with plain_http.Client() as client:
             answers = [client.post(f"{self.url}/invocations", json=OFFERS).json() for _ in range(requests)]
         return Counter(names[answer["predictions"][0]["model_version"]] for answer in answers)
 
@@ -151,7 +152,7 @@ def test_a_router_shares_requests_exactly_and_says_who_answered(router):
     (prediction,) = answer.json()["predictions"]
     assert answer.headers[INVOKED_VARIANT_HEADER] == f"model-{prediction['model_version']}"
     assert answer.headers[OFFERS_HEADER] == "1;0"
-    ping = httpx.get(f"{router.url}/ping").json()
+    ping = plain_http.get(f"{router.url}/ping").json()
     assert (ping["status"], ping["model_version"]) == ("ok", router.versions["first"])
 
 

@@ -17,6 +17,7 @@ import pytest
 
 from ml.serving.app import MAX_BODY_BYTES
 from ml.serving.predictor import Predictor
+from tests import plain_http
 from tests.ml.compiled_models import TITLES
 
 OFFERS = [{"offer_id": str(number), "title": title} for number, title in enumerate(TITLES)]
@@ -33,7 +34,7 @@ class Server:
     model_version: str
 
     def post(self, offers, **options) -> httpx.Response:
-        return httpx.post(f"{self.url}/invocations", json={"offers": offers}, timeout=60, **options)
+        return plain_http.post(f"{self.url}/invocations", json={"offers": offers}, timeout=60, **options)
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
@@ -63,7 +64,7 @@ def server(compiled_student, tmp_path_factory) -> Iterator[Server]:
 
 def test_ping_says_which_model_answers(server, compiled_student):
     predictor = Predictor.load(compiled_student)
-    answer = httpx.get(f"{server.url}/ping")
+    answer = plain_http.get(f"{server.url}/ping")
     assert answer.status_code == 200
     assert answer.json() == {
         "status": "ok",
@@ -91,7 +92,7 @@ def test_the_endpoint_answers_exactly_as_the_predictor_does(server, compiled_stu
 def test_json_lines_are_understood(server):
     body = "\n".join(json.dumps(offer) for offer in OFFERS[:3]) + "\n\n"
     headers = {"content-type": "application/jsonlines; charset=utf-8"}
-    answer = httpx.post(f"{server.url}/invocations", content=body, headers=headers)
+    answer = plain_http.post(f"{server.url}/invocations", content=body, headers=headers)
     assert answer.json() == server.post(OFFERS[:3]).json()
 
 
@@ -145,7 +146,9 @@ def test_a_server_ends_with_who_started_it_if_it_was_told_to(compiled_student, t
     ],
 )
 def test_a_malformed_body_is_400_with_one_line(server, content_type, body, said):
-    answer = httpx.post(f"{server.url}/invocations", content=body, headers={"content-type": content_type})
+    answer = plain_http.post(
+        f"{server.url}/invocations", content=body, headers={"content-type": content_type}
+    )
     assert answer.status_code == 400
     assert said in answer.json()["error"]
     assert "\n" not in answer.json()["error"]
@@ -155,14 +158,14 @@ def test_a_body_over_the_limit_is_413_and_one_at_the_limit_is_served(server):
     frame = len(b'{"offers":[{"title":""}]}')
     for size, status in ((MAX_BODY_BYTES, 200), (MAX_BODY_BYTES + 1, 413), (MAX_BODY_BYTES * 2, 413)):
         body = b'{"offers":[{"title":"' + b"a" * (size - frame) + b'"}]}'
-        answer = httpx.post(f"{server.url}/invocations", content=body, timeout=60)
+        answer = plain_http.post(f"{server.url}/invocations", content=body, timeout=60)
         assert answer.status_code == status
 
 
 def test_unknown_paths_and_methods_are_refused(server):
-    assert httpx.get(f"{server.url}/nothing").status_code == 404
-    assert httpx.get(f"{server.url}/invocations").status_code == 405
-    assert httpx.post(f"{server.url}/ping").status_code == 405
+    assert plain_http.get(f"{server.url}/nothing").status_code == 404
+    assert plain_http.get(f"{server.url}/invocations").status_code == 405
+    assert plain_http.post(f"{server.url}/ping").status_code == 405
 
 
 def test_ping_is_answered_while_a_large_request_is_computed(server):
@@ -171,7 +174,7 @@ def test_ping_is_answered_while_a_large_request_is_computed(server):
         _eventually(request.running)
         answered = 0
         while not request.done():
-            assert httpx.get(f"{server.url}/ping", timeout=2).status_code == 200
+            assert plain_http.get(f"{server.url}/ping", timeout=2).status_code == 200
             answered += 1
         assert request.result().status_code == 200
     assert answered > 3
@@ -206,7 +209,7 @@ def test_sigterm_finishes_what_is_under_way_and_ends_with_0(compiled_student, tm
             assert server.stop() == 0
             assert [request.result().status_code for request in requests] == [200] * 3
         with pytest.raises(httpx.ConnectError):
-            httpx.get(f"{server.url}/ping")
+            plain_http.get(f"{server.url}/ping")
         assert not server.state_file.exists()
 
 
@@ -219,7 +222,7 @@ def test_a_killed_worker_is_replaced_while_the_other_serves(compiled_student, tm
 
         def both_are_new_or_left():
             with suppress(httpx.TransportError):
-                seen.add(httpx.get(f"{server.url}/ping").json()["pid"])
+                seen.add(plain_http.get(f"{server.url}/ping").json()["pid"])
             return len(seen - {server.workers[0]}) == 2
 
         _eventually(both_are_new_or_left)
@@ -250,9 +253,9 @@ def test_a_new_version_takes_over_the_port_without_a_failed_request(
 
     with serving(compiled_student, tmp_path / "old.json", "--workers", "1") as old:
         port = int(old.url.rpartition(":")[2])
-        with ThreadPoolExecutor(2) as pool, httpx.Client() as kept_open:
+        with ThreadPoolExecutor(2) as pool, plain_http.Client() as kept_open:
             pool.submit(ask, old.url, kept_open)
-            pool.submit(ask, old.url, httpx)  # a connection per request
+            pool.submit(ask, old.url, plain_http)  # a connection per request
             _eventually(lambda: len(versions) > 10)
             with serving(other_compiled_student, tmp_path / "new.json", "--workers", "1", port=port) as new:
                 assert old.stop() == 0
