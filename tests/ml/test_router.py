@@ -20,9 +20,10 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ml import __main__ as command_line
 from ml.artifacts import read_manifest, short_version, write_manifest
 from ml.serving.app import MAX_BODY_BYTES
 from ml.serving.routing import RoutedVariant, RoutePlan, RouterGoneError, ask
@@ -37,6 +38,7 @@ OFFERS = {"offers": [{"offer_id": "1", "title": "a"}]}
 weights = st.lists(st.integers(0, 100), min_size=1, max_size=6).filter(any)
 
 
+@settings(max_examples=30)  # up to 500 choices each
 @given(weights, st.integers(1, 5), st.randoms(use_true_random=False))
 def test_in_every_block_each_variant_gets_its_share(weights, blocks, generator):
     shares = Shares(weights, generator)
@@ -206,12 +208,12 @@ def test_a_router_that_ends_answers_what_it_has_begun_and_takes_its_servers_alon
         (b'{"variants": []}', "no variant has a share of the requests"),
     ],
 )
-def test_a_plan_that_is_none_is_one_line(tmp_path, plan, said):
+def test_a_plan_that_is_none_is_one_line(tmp_path, capsys, plan, said):
     if plan is not None:
         (tmp_path / "plan.json").write_bytes(plan)
-    command = [sys.executable, "-m", "ml", "route", "--plan", str(tmp_path / "plan.json"), "--port", "0"]
-    command += ["--control", str(tmp_path / "c.sock"), "--state-file", str(tmp_path / "state.json")]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert ended.returncode == 2
-    assert said in ended.stderr
-    assert ended.stderr.count("\n") == 1
+    arguments = ["route", "--plan", str(tmp_path / "plan.json"), "--port", "0"]
+    arguments += ["--control", str(tmp_path / "c.sock"), "--state-file", str(tmp_path / "state.json")]
+    assert command_line.main(arguments) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert told.count("\n") == 1

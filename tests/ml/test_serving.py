@@ -111,18 +111,6 @@ def test_a_request_for_another_variant_is_refused(server):
     assert answer.json()["error"].startswith("there is no variant model-other here")
 
 
-def test_what_was_answered_is_one_json_line_in_the_log(compiled_student, tmp_path, capfd):
-    with serving(compiled_student, tmp_path / "state.json", "--workers", "1") as server:
-        for _ in range(2):
-            server.post(OFFERS)
-        server.stop()
-    (line,) = [json.loads(line) for line in capfd.readouterr().out.splitlines() if line.startswith("{")]
-    seconds = line.pop("seconds")
-    assert line.pop("low_confidence") <= 2 * len(OFFERS)
-    assert line == {"event": "answers", "model_version": server.model_version, "offers": 2 * len(OFFERS)}
-    assert 0 <= seconds <= 30
-
-
 def test_a_server_ends_with_who_started_it_if_it_was_told_to(compiled_student, tmp_path):
     state_file = tmp_path / "state.json"
     command = [sys.executable, "-m", "ml", "serve", "--model", str(compiled_student), "--port", "0"]
@@ -170,7 +158,7 @@ def test_unknown_paths_and_methods_are_refused(server):
 
 def test_ping_is_answered_while_a_large_request_is_computed(server):
     with ThreadPoolExecutor(1) as pool:
-        request = pool.submit(server.post, _slow_offers("ping", 4000))
+        request = pool.submit(server.post, _slow_offers("ping", 2000))
         _eventually(request.running)
         answered = 0
         while not request.done():
@@ -183,7 +171,7 @@ def test_ping_is_answered_while_a_large_request_is_computed(server):
 def test_requests_beyond_the_queue_get_503_and_the_others_their_answer(compiled_student, tmp_path):
     with serving(compiled_student, tmp_path / "state.json", "--workers", "1", "--queue", "2") as server:
         with ThreadPoolExecutor(6) as pool:
-            answers = list(pool.map(server.post, [_slow_offers(f"queue {n}", 4000) for n in range(6)]))
+            answers = list(pool.map(server.post, [_slow_offers(f"queue {n}", 1500) for n in range(6)]))
         statuses = sorted(answer.status_code for answer in answers)
         assert statuses[:2] == [200, 200]
         assert statuses[-1] == 503
@@ -193,27 +181,23 @@ def test_requests_beyond_the_queue_get_503_and_the_others_their_answer(compiled_
         assert server.post(OFFERS[:1]).status_code == 200
 
 
-def test_a_body_that_does_not_arrive_is_408(compiled_student, tmp_path):
-    with serving(compiled_student, tmp_path / "state.json", "--workers", "1", "--timeout", "1") as server:
-        host, port = server.url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), timeout=30) as connection:
-            connection.sendall(b"POST /invocations HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
-            assert connection.recv(1000).startswith(b"HTTP/1.1 408")
-
-
-def test_sigterm_finishes_what_is_under_way_and_ends_with_0(compiled_student, tmp_path):
+def test_sigterm_finishes_what_is_under_way_and_tells_what_was_answered(compiled_student, tmp_path, capfd):
     with serving(compiled_student, tmp_path / "state.json", "--workers", "1") as server:
         with ThreadPoolExecutor(3) as pool:
-            requests = [pool.submit(server.post, _slow_offers(f"drain {n}", 1500)) for n in range(3)]
+            requests = [pool.submit(server.post, _slow_offers(f"drain {n}", 700)) for n in range(3)]
             _eventually(lambda: _connections(server) >= 3)
             assert server.stop() == 0
             assert [request.result().status_code for request in requests] == [200] * 3
         with pytest.raises(httpx.ConnectError):
             plain_http.get(f"{server.url}/ping")
         assert not server.state_file.exists()
+    (line,) = [json.loads(line) for line in capfd.readouterr().out.splitlines() if line.startswith("{")]
+    assert 0 <= line.pop("seconds") <= 30
+    assert line.pop("low_confidence") <= 3 * 700
+    assert line == {"event": "answers", "model_version": server.model_version, "offers": 3 * 700}
 
 
-def test_a_killed_worker_is_replaced_while_the_other_serves(compiled_student, tmp_path):
+def test_a_killed_worker_is_replaced_and_all_end_with_a_killed_supervisor(compiled_student, tmp_path):
     with serving(compiled_student, tmp_path / "state.json", "--workers", "2") as server:
         os.kill(server.workers[0], signal.SIGKILL)
         _eventually(lambda: not _is_alive(server.workers[0]))
@@ -226,14 +210,9 @@ def test_a_killed_worker_is_replaced_while_the_other_serves(compiled_student, tm
             return len(seen - {server.workers[0]}) == 2
 
         _eventually(both_are_new_or_left)
-        assert server.stop() == 0
-
-
-def test_workers_end_when_their_supervisor_is_killed(compiled_student, tmp_path):
-    with serving(compiled_student, tmp_path / "state.json", "--workers", "1") as server:
         server.process.kill()
         server.process.wait()
-        _eventually(lambda: not _is_alive(server.workers[0]))
+        _eventually(lambda: not any(_is_alive(worker) for worker in seen))
 
 
 def test_a_new_version_takes_over_the_port_without_a_failed_request(
@@ -268,17 +247,6 @@ def test_a_new_version_takes_over_the_port_without_a_failed_request(
     assert failures == []
 
 
-def test_a_missing_model_ends_with_2_and_one_line(tmp_path):
-    _refused(["--model", str(tmp_path / "nowhere")], "is not an artifact")
-
-
-def test_a_damaged_model_ends_with_2_and_one_line(other_compiled_student):
-    (other_compiled_student / "tokenizer.json").write_text("{}")
-    _refused(
-        ["--model", str(other_compiled_student), "--port", "0", "--workers", "2"], "differs from its digest"
-    )
-
-
 def test_a_port_that_another_program_uses_ends_with_2_and_one_line(compiled_student):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -290,23 +258,6 @@ def test_a_port_that_another_program_uses_ends_with_2_and_one_line(compiled_stud
 def test_a_setting_that_is_no_number_is_named(compiled_student, monkeypatch):
     monkeypatch.setenv("SAGEMAKER_MODEL_SERVER_WORKERS", "many")
     _refused(["--model", str(compiled_student)], "SAGEMAKER_MODEL_SERVER_WORKERS=many")
-
-
-def test_the_container_contract_sets_port_and_workers(compiled_student, tmp_path, monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    monkeypatch.setenv("SAGEMAKER_BIND_TO_PORT", str(port))
-    monkeypatch.setenv("SAGEMAKER_MODEL_SERVER_WORKERS", "1")
-    state_file = tmp_path / "state.json"
-    command = [sys.executable, "-m", "ml", "serve", "--model", str(compiled_student)]
-    process = subprocess.Popen([*command, "--state-file", str(state_file)])
-    try:
-        state = json.loads(_eventually(lambda: state_file.read_bytes() if state_file.exists() else None))
-        assert state["url"] == f"http://127.0.0.1:{port}"
-        assert len(state["workers"]) == 1
-    finally:
-        process.terminate()
-        assert process.wait(30) == 0
 
 
 def _refused(arguments, said):
