@@ -6,10 +6,13 @@ The variables are torchrun's; :mod:`ml.ranks` sets them for the processes that i
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
+
+if TYPE_CHECKING:  # every command of ``ml`` comes by here, also those that need no numpy
+    import numpy as np
+    from numpy.typing import NDArray
 
 _MARK = "TORCHELASTIC_RUN_ID"
 """Without it, variables such as ``RANK`` are somebody else's."""

@@ -7,6 +7,7 @@ one of them only sees copies. The implementations are :mod:`resources.local_endp
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -17,6 +18,7 @@ import dagster as dg
 import msgspec
 
 from ml.artifacts import ArtifactRef
+from ml.errors import InputError
 from ml.serving.variants import variant_of
 
 
@@ -208,3 +210,53 @@ class Endpoints(dg.ConfigurableResource[Any], ABC):
 def variant_name(ref: ArtifactRef) -> str:
     """Name of the variant that serves a compiled student."""
     return variant_of(ref.version)
+
+
+def shares_of(variants: Sequence[Variant]) -> list[float]:
+    """What each variant of a split gets; together 1.
+
+    Raises:
+        InputError: no variant, one twice, or a weight that is none.
+    """
+    versions = [variant.ref.version for variant in variants]
+    if not variants or len(set(versions)) < len(versions):
+        raise InputError(f"split between {versions}: expected one version or more, each once")
+    for variant in variants:
+        if not (variant.weight > 0 and math.isfinite(variant.weight)):
+            raise InputError(
+                f"weight {variant.weight:g} of model version {variant.ref.version}: expected a number above 0"
+            )
+    total = sum(variant.weight for variant in variants)
+    return [variant.weight / total for variant in variants]
+
+
+def check_shadow(version: str, percent: float, answering: Sequence[str]) -> None:
+    """Make sure that a shadow would see something, and tell something.
+
+    Args:
+        version: Model version of the shadow.
+        percent: Of the requests: what it is to see.
+        answering: Model versions that answer requests now.
+
+    Raises:
+        InputError: it would not.
+    """
+    if not 0 < percent <= 100:
+        raise InputError(f"percent {percent:g}: a shadow sees more than 0 and at most 100")
+    if not answering:
+        raise InputError("nothing serves whose requests a shadow could see: deploy a version first")
+    if len(answering) > 1:
+        raise InputError(
+            f"{len(answering)} versions share the requests, and only one that serves alone has a shadow: "
+            "end the split by a deployment first"
+        )
+    if answering[0] == version:
+        raise InputError(f"model version {version} serves already: its shadow would tell nothing")
+
+
+def said_in(refusal: str) -> str:
+    """The line in a refusal of our server; what is none, as it is."""
+    try:
+        return str(msgspec.json.decode(refusal, type=dict[str, Any])["error"])
+    except (msgspec.DecodeError, KeyError):
+        return refusal

@@ -155,11 +155,13 @@ class EndpointMetrics:
         logs = self._aws.client("logs")
         try:
             with aws_errors(f"reading {self._log_group}"):
-                events = logs.filter_log_events(
+                # In pages: one may be empty though a later one is not.
+                pages = logs.get_paginator("filter_log_events").paginate(
                     logGroupName=self._log_group,
                     startTime=int(since.timestamp() * 1_000),
                     filterPattern='"error:"',
-                )["events"]
+                )
+                events = [event for page in pages for event in page["events"]]
         except (InputError, dg.Failure) as error:
             return f"(its log cannot be read: {error})"
         lines = list(dict.fromkeys(event["message"].strip() for event in events))[-_LINES_SHOWN:]

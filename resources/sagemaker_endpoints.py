@@ -5,7 +5,6 @@ The calls are in :mod:`resources.sagemaker_service`, names and requests in
 """
 
 import datetime
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +26,8 @@ from resources.endpoints import (
     Variant,
     VariantObservation,
     VariantStatus,
+    check_shadow,
+    shares_of,
 )
 from resources.failures import input_errors_fail_plainly
 from resources.s3_lease import lease
@@ -95,17 +96,13 @@ class SageMakerEndpoints(Endpoints):
     @override
     @input_errors_fail_plainly()
     def split(self, variants: Sequence[Variant]) -> EndpointStatus:
-        models = [(self._requests.model(each.folder, each.ref), each.weight) for each in variants]
-        versions = [model.version for model, _ in models]
-        if not models or len(set(versions)) < len(versions):
-            raise InputError(f"split between {versions}: expected one version or more, each once")
-        for model, weight in models:
-            if not (weight > 0 and math.isfinite(weight)):
-                raise InputError(
-                    f"weight {weight:g} of model version {model.version}: expected a number above 0"
-                )
-        if len(models) == 1:
+        shares = shares_of(variants)
+        if len(variants) == 1:
             return self.deploy(variants[0].folder, variants[0].ref)
+        models = [
+            (self._requests.model(each.folder, each.ref), share)
+            for each, share in zip(variants, shares, strict=True)
+        ]
         now = self._in_service()
         main = self._version(now.models.get(MAIN, "")) if now else None
         return self._bring_to(Fleet(slots=split_slots(models, main)), guarded=False)
@@ -113,19 +110,12 @@ class SageMakerEndpoints(Endpoints):
     @override
     @input_errors_fail_plainly()
     def shadow(self, folder: Path, ref: ArtifactRef, percent: float) -> EndpointStatus:
-        if not 0 < percent <= 100:
-            raise InputError(f"percent {percent:g}: a shadow sees more than 0 and at most 100")
         model = self._requests.model(folder, ref)
         now = self._in_service()
-        if now is None:
-            raise InputError("nothing serves whose requests a shadow could see: deploy a version first")
-        if set(now.models) != {MAIN}:
-            raise InputError(
-                f"{len(now.models)} versions share the requests of endpoint {self.name}, and only one that "
-                "serves alone has a shadow: end the split by a deployment first"
-            )
-        if self._version(now.models[MAIN]) == ref.version:
-            raise InputError(f"model version {ref.version} serves already: its shadow would tell nothing")
+        check_shadow(
+            ref.version, percent, [self._version(each) for each in now.models.values()] if now else []
+        )
+        assert now is not None
         shadow = Slot(name=slot_name(model), model=model, weight=round(percent / 100, 6))
         return self._bring_to(_alone(self._main_in_service(now), shadow), guarded=False)
 
@@ -301,7 +291,12 @@ class SageMakerEndpoints(Endpoints):
         staying = set() if moves else {slot.name for slot in fleet.slots}
         self._scaling.let_go([slot for slot in now.weights if slot not in staying])
         deployment = deployment_config(self.policy, alarms, self.watched_seconds) if guarded else None
-        return self._service.begin_update(config, deployment)
+        too_few = any(instances < self.min_instances for instances in now.instances.values())
+        try:
+            return self._service.begin_update(config, deployment, keeps_instances=not too_few)
+        except BaseException:
+            self._scaling.follow_requests(sorted(now.weights))  # what serves goes on serving, scaled
+            raise
 
     def _quiet(self, version: str) -> list[str]:
         """The alarms that can judge a new version: those that what serves does not trip by itself."""

@@ -11,7 +11,7 @@ import msgspec
 
 from ml.errors import InputError
 from resources.aws import AwsAccess, aws_errors, error_code
-from resources.endpoints import EndpointError
+from resources.endpoints import EndpointError, said_in
 
 _CLIENT_ERRORS = range(400, 500)
 
@@ -65,15 +65,7 @@ def _containers_words(endpoint: str) -> Iterator[None]:
         if error_code(error) != "ModelError":
             raise
         status = int(error.response.get("OriginalStatusCode", 500))
-        said = _reason(error.response.get("OriginalMessage", ""))
+        said = said_in(error.response.get("OriginalMessage", ""))
         if status in _CLIENT_ERRORS:
             raise InputError(f"the endpoint refused the offers: {said}") from None
         raise EndpointError(f"endpoint {endpoint} answered {status}: {said}") from None
-
-
-def _reason(body: str) -> str:
-    """The line in our server's refusal; what is none, as it is."""
-    try:
-        return str(msgspec.json.decode(body, type=dict[str, Any])["error"])
-    except (msgspec.DecodeError, KeyError):
-        return body

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +28,9 @@ _LONGEST_SECONDS = 4 * 3_600.0
 
 _DEPLOYED_TAG = "offer-assets:deployed"
 """Of the endpoint: configuration and ISO time, as autoscaling and failed updates change it too."""
+
+_SECONDS_TO_BE_SEEN = (1.0, 2.0, 4.0, 8.0)
+"""Pauses before a call is repeated that does not find what was just created."""
 
 _KEPT = 5
 """Configurations before the one that serves; older ones and their models are deleted."""
@@ -187,38 +190,43 @@ class EndpointService:
             sagemaker.describe_endpoint_config(EndpointConfigName=config)
             return
         with aws_errors(f"creating endpoint configuration {config}"), _presence_is_fine():
-            sagemaker.create_endpoint_config(EndpointConfigName=config, **request)
+            _once_all_is_seen(lambda: sagemaker.create_endpoint_config(EndpointConfigName=config, **request))
 
     def begin_creation(self, config: str) -> bool:
         """Begin to create the endpoint; False: somebody else just did."""
         sagemaker = self._aws.client("sagemaker")
         with aws_errors(f"creating endpoint {self._name}"), _presence_is_fine():
-            sagemaker.create_endpoint(EndpointName=self._name, EndpointConfigName=config)
+            _once_all_is_seen(
+                lambda: sagemaker.create_endpoint(EndpointName=self._name, EndpointConfigName=config)
+            )
             return True
         return False
 
-    def begin_update(self, config: str, deployment: dict[str, Any] | None) -> bool:
-        """Begin to update the endpoint; instances that autoscaling added stay.
+    def begin_update(
+        self, config: str, deployment: dict[str, Any] | None, *, keeps_instances: bool = True
+    ) -> bool:
+        """Begin to update the endpoint.
 
         Args:
             config: The configuration to serve.
             deployment: ``DeploymentConfig``; None: blue/green, all at once and without alarms.
+            keeps_instances: Those that autoscaling added stay; else there are as many as ``config`` says.
 
         Returns:
             False: somebody else just began an update of it.
         """
         sagemaker = self._aws.client("sagemaker")
         guarded = {"DeploymentConfig": deployment} if deployment else {}
+        of_config = ["DesiredWeight", "DataCaptureConfig"] + ["DesiredInstanceCount"] * (not keeps_instances)
         with aws_errors(f"updating endpoint {self._name}"), _change_under_way_is_fine():
-            sagemaker.update_endpoint(
-                EndpointName=self._name,
-                EndpointConfigName=config,
-                RetainAllVariantProperties=True,
-                ExcludeRetainedVariantProperties=[
-                    {"VariantPropertyType": "DesiredWeight"},
-                    {"VariantPropertyType": "DataCaptureConfig"},
-                ],
-                **guarded,
+            _once_all_is_seen(
+                lambda: sagemaker.update_endpoint(
+                    EndpointName=self._name,
+                    EndpointConfigName=config,
+                    RetainAllVariantProperties=True,
+                    ExcludeRetainedVariantProperties=[{"VariantPropertyType": name} for name in of_config],
+                    **guarded,
+                )
             )
             return True
         return False
@@ -299,6 +307,16 @@ def _progress(variants: list[dict[str, Any]]) -> str:
         f"{each['VariantName']}: {'/'.join(status['Status'] for status in each.get('VariantStatus', []))}"
         for each in variants
     )
+
+
+def _once_all_is_seen(call: Callable[[], object]) -> None:
+    """Make a call that names what was created a moment ago: SageMaker may need a while to find it."""
+    for seconds in _SECONDS_TO_BE_SEEN:
+        with _absence_is_fine():
+            call()
+            return
+        time.sleep(seconds)
+    call()
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import sys
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -40,13 +41,15 @@ class ServerProcess(msgspec.Struct, frozen=True, kw_only=True):
         """Let it drain and end; kill it and its workers if it takes too long."""
         if not self.is_alive:
             return
-        os.kill(self.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):  # it may end by itself at any moment
+            os.kill(self.pid, signal.SIGTERM)
         deadline = time.monotonic() + _SECONDS_TO_DRAIN
         while time.monotonic() < deadline:
             if not self.is_alive:
                 return
             time.sleep(_SECONDS_BETWEEN_LOOKS)
-        os.killpg(self.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
 
 
 class Launch:

@@ -1,6 +1,6 @@
 """A small world to release models in: real registry, store, server processes and jobs; models are stand-ins.
 
-The stand-in servers answer with the version of their artifact (see ``tests.resources.stand_in``).
+The stand-in servers answer with the version of their artifact (see ``tests.resources.stand_in_server``).
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class World:
         self.store = FolderArtifactStore(root=str(self.folder / "artifacts"), feed="feed")
         self.compute = LocalCompute(store=self.store)
         self.endpoints = LocalEndpoints(
-            home=str(self.folder), port=self.port, workers=1, program="tests.resources.stand_in"
+            home=str(self.folder), port=self.port, workers=1, program="tests.resources.stand_in_server"
         )
 
     def artifact(

@@ -9,7 +9,6 @@ from ml.artifacts import read_manifest
 from ml.cores import available_cores
 from ml.errors import InputError
 from ml.serving import neuron
-from ml.serving.compiled_model import NEURON, ModelSettings, traced_form
 
 _IMPORT_ROOT = Path(__file__).resolve().parents[2]
 """The folder that holds the package ``ml``."""
@@ -31,6 +30,9 @@ def cores_for_workers(
     Raises:
         InputError: the model cannot be read or run here, or there are fewer Neuron cores than workers.
     """
+    # Here, for the supervisor of workers and the router run no model themselves.
+    from ml.serving.compiled_model import NEURON, ModelSettings, traced_form
+
     read_manifest(model)  # of a wrong or unfinished folder it says so
     settings = ModelSettings.read(model)
     if settings.target != NEURON:

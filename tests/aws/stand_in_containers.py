@@ -21,6 +21,7 @@ from moto.s3.models import s3_backends
 import ml
 from ml.serving.server import ServerState
 from ml.serving.variants import TARGET_VARIANT_HEADER
+from tests import plain_http
 from tests.aws.stand_in import ACCOUNT, REGION
 
 _SECONDS_TO_COME_UP = 60.0
@@ -44,12 +45,11 @@ class Container:
 
     def ask(self, body: bytes, content_type: str, target: str = "") -> httpx.Response:
         named = {TARGET_VARIANT_HEADER: target} if target else {}
-        return httpx.post(
+        return plain_http.post(
             f"{self.url}/invocations",
             content=body,
             headers={"content-type": content_type, **named},
             timeout=60,
-            trust_env=False,
         )
 
     def stop(self) -> None:

@@ -107,7 +107,7 @@ def sagemaker_endpoints(**settings: object) -> SageMakerEndpoints:
 
 @pytest.fixture
 def host(stand_in: StandIn, tmp_path: Path) -> Iterator[EndpointHost]:
-    with EndpointHost(stand_in, tmp_path / "host", program="tests.resources.stand_in") as host:
+    with EndpointHost(stand_in, tmp_path / "host", program="tests.resources.stand_in_server") as host:
         yield host
 
 
@@ -306,6 +306,11 @@ class TestSageMaker:
         endpoints.deploy(*model("second"))
         assert host.endpoints[NAME].serving.counts == {"main": 7}
 
+    def test_a_larger_smallest_fleet_is_there_for_the_canary_that_needs_it(self, model, host):
+        sagemaker_endpoints(min_instances=1).deploy(*model("first"))
+        sagemaker_endpoints(min_instances=2, canary_seconds=1).deploy(*model("second"))
+        assert host.endpoints[NAME].serving.counts == {"main": 2}
+
     def test_another_instance_type_is_another_fleet_that_is_scaled_again(self, endpoints, model, host):
         folder, ref = model("first")
         endpoints.deploy(folder, ref)
@@ -389,6 +394,14 @@ class TestFaults:
         with pytest.raises(InputFailure, match="ResourceLimitExceeded") as failure:
             endpoints.deploy(*model("first"))
         assert not failure.value.allow_retries
+
+    def test_what_serves_is_scaled_still_when_an_update_is_refused(self, endpoints, model, stand_in):
+        folder, ref = model("first")
+        endpoints.deploy(folder, ref)
+        stand_in.fail_next("sagemaker:UpdateEndpoint", code="ResourceLimitExceeded")
+        with pytest.raises(InputFailure, match="ResourceLimitExceeded"):
+            sagemaker_endpoints(instance_type="ml.c7i.2xlarge").deploy(folder, ref)
+        assert scaled() == [f"endpoint/{NAME}/variant/main"]
 
     def test_a_first_version_that_does_not_come_up_leaves_nothing_behind(self, endpoints, model, host):
         words = r"did not come up: .*did not pass the ping health check.*the weights are not what"

@@ -14,6 +14,7 @@ from botocore.stub import ANY, Stubber
 from hypothesis import given
 
 from ml.errors import InputError
+from resources import sagemaker_service
 from resources.aws import AwsAccess
 from resources.endpoints import RolloutPolicy
 from resources.sagemaker_alarms import EndpointMetrics
@@ -302,6 +303,32 @@ def test_an_update_that_somebody_else_began_is_told_from_a_refusal(service, stub
     assert not service.begin_update("config", None)
     with pytest.raises(InputError, match="must be deregistered"):
         service.begin_update("config", None)
+
+
+def test_what_was_just_created_and_is_not_found_yet_is_waited_for(service, stubbed, monkeypatch):
+    monkeypatch.setattr(sagemaker_service, "_SECONDS_TO_BE_SEEN", (0.0, 0.0))
+    message = 'Could not find endpoint configuration "arn".'
+    for _ in range(2):
+        stubbed["sagemaker"].add_client_error("create_endpoint", "ValidationException", message)
+    stubbed["sagemaker"].add_response(
+        "create_endpoint",
+        {"EndpointArn": "arn:aws:sagemaker:eu-central-1:123456789012:endpoint/offers"},
+        {"EndpointName": NAME, "EndpointConfigName": "config"},
+    )
+    assert service.begin_creation("config")
+    for _ in range(3):
+        stubbed["sagemaker"].add_client_error("update_endpoint", "ValidationException", message)
+    with pytest.raises(InputError, match="Could not find endpoint configuration"):
+        service.begin_update("config", None)
+
+
+def test_errors_in_the_log_are_found_behind_an_empty_page(aws, stubbed):
+    since = datetime.datetime(2026, 11, 27, tzinfo=datetime.UTC)
+    asked = {"logGroupName": ANY, "startTime": round(since.timestamp() * 1_000), "filterPattern": '"error:"'}
+    stubbed["logs"].add_response("filter_log_events", {"events": [], "nextToken": "2"}, asked)
+    event = {"message": "error: the weights are damaged\n"}
+    stubbed["logs"].add_response("filter_log_events", {"events": [event]}, {**asked, "nextToken": "2"})
+    assert EndpointMetrics(aws, NAME).last_errors(since).endswith("says: error: the weights are damaged")
 
 
 def test_what_the_service_says_of_an_update_is_understood(service, stubbed):

@@ -18,6 +18,7 @@ import httpx
 import pytest
 
 from ml.serving.predictor import Predictor
+from tests import plain_http
 from tests.container import IMAGES, command_of, environment_of, health_check_of, run
 from tests.ml.compiled_models import TITLES
 
@@ -40,7 +41,7 @@ class Container:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def invoke(self, offers, client=httpx) -> httpx.Response:
+    def invoke(self, offers, client=plain_http) -> httpx.Response:
         return client.post(f"{self.url}/invocations", json={"offers": offers}, timeout=60)
 
     def connect(self) -> socket.socket:
@@ -48,7 +49,7 @@ class Container:
 
     def is_pinged(self) -> bool:
         with contextlib.suppress(httpx.TransportError):
-            return httpx.get(f"{self.url}/ping", timeout=2).status_code == 200
+            return plain_http.get(f"{self.url}/ping", timeout=2).status_code == 200
         return False
 
 
@@ -78,6 +79,14 @@ def container(compiled_student, tmp_path_factory) -> Iterator[Container]:
         yield started
 
 
+@pytest.fixture(scope="module")
+def impatient(compiled_student, tmp_path_factory) -> Iterator[Container]:
+    """It gives a request three seconds to arrive."""
+    folder = tmp_path_factory.mktemp("impatient")
+    with running(compiled_student, folder, SAGEMAKER_MODEL_SERVER_TIMEOUT="3") as started:
+        yield started
+
+
 def test_the_image_serves_with_the_packages_it_installs_and_no_others(container, compiled_student):
     expected = [prediction.category_id for prediction in Predictor.load(compiled_student).predict(OFFERS)]
     answer = container.invoke(OFFERS)
@@ -87,7 +96,9 @@ def test_the_image_serves_with_the_packages_it_installs_and_no_others(container,
     assert "not in the image" in absent.stderr
 
 
-def test_it_listens_on_every_address_of_the_container(container):
+def test_it_has_the_workers_that_it_is_told_on_every_address_of_the_container(container):
+    pid = container.process.pid
+    assert len(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()) == 1
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     listening = {row[1] for row in rows if row[3] == "0A"}
     assert f"00000000:{container.port:04X}" in listening
@@ -103,7 +114,7 @@ def test_the_health_check_of_the_image_tells_whether_it_answers(container):
 
 def test_many_clients_at_once_get_each_their_own_answer(container):
     alone = {offer["offer_id"]: container.invoke([offer]).json()["predictions"][0] for offer in OFFERS}
-    with ThreadPoolExecutor(8) as pool, httpx.Client() as client:
+    with ThreadPoolExecutor(8) as pool, plain_http.Client() as client:
         answers = list(pool.map(lambda n: container.invoke(OFFERS[n : n + 5], client), range(40)))
     for start, answer in enumerate(answers):
         assert answer.status_code == 200
@@ -122,45 +133,40 @@ def test_what_sagemaker_puts_around_a_request_changes_nothing(container):
         for offer in OFFERS[:3]:
             yield json.dumps(offer).encode() + b"\n"
 
-    answer = httpx.post(f"{container.url}/invocations", content=in_pieces(), headers=headers, timeout=60)
+    answer = plain_http.post(f"{container.url}/invocations", content=in_pieces(), headers=headers, timeout=60)
     assert answer.json() == container.invoke(OFFERS[:3]).json()
 
 
-def test_slow_clients_keep_nobody_out_and_are_sent_away(compiled_student, tmp_path):
-    with running(compiled_student, tmp_path, SAGEMAKER_MODEL_SERVER_TIMEOUT="3") as container:
-        slow = [container.connect() for _ in range(80)]  # more than the 32 that may wait for an answer
-        for number, connection in enumerate(slow):
-            connection.sendall(b"POST /invocations HTTP/1.1\r\nhost" if number % 2 else HEAD % 100 + b"{")
-        for _ in range(5):
-            assert container.invoke(OFFERS[:2]).status_code == 200
-            started = time.monotonic()
-            assert container.is_pinged()
-            assert time.monotonic() - started < 2
-        for number, connection in enumerate(slow):
-            connection.settimeout(10)
-            answer = connection.recv(1000)
-            assert answer == b"" if number % 2 else answer.startswith(b"HTTP/1.1 408")
-            connection.close()
-        assert container.invoke(OFFERS[:2]).status_code == 200
+def test_slow_clients_keep_nobody_out_and_are_sent_away(impatient):
+    slow = [impatient.connect() for _ in range(80)]  # more than the 32 that may wait for an answer
+    for number, connection in enumerate(slow):
+        connection.sendall(b"POST /invocations HTTP/1.1\r\nhost" if number % 2 else HEAD % 100 + b"{")
+    for _ in range(5):
+        assert impatient.invoke(OFFERS[:2]).status_code == 200
+        started = time.monotonic()
+        assert impatient.is_pinged()
+        assert time.monotonic() - started < 2
+    for number, connection in enumerate(slow):
+        connection.settimeout(10)
+        answer = connection.recv(1000)
+        assert answer == b"" if number % 2 else answer.startswith(b"HTTP/1.1 408")
+        connection.close()
+    assert impatient.invoke(OFFERS[:2]).status_code == 200
 
 
-def test_a_connection_that_is_used_again_has_the_same_time_for_its_next_request(
-    compiled_student,
-    tmp_path,
-):
+def test_a_connection_that_is_used_again_has_the_same_time_for_its_next_request(impatient):
     body = json.dumps({"offers": OFFERS[:1]})
-    with running(compiled_student, tmp_path, SAGEMAKER_MODEL_SERVER_TIMEOUT="2") as container:
-        client = HTTPConnection("127.0.0.1", container.port, timeout=30)
-        with contextlib.closing(client):
-            for _ in range(2):
-                client.request("POST", "/invocations", body, {"content-type": "application/json"})
-                answer = client.getresponse()
-                assert answer.status == 200
-                answer.read()
-            client.sock.sendall(b"POST /invoc")
-            started = time.monotonic()
-            assert client.sock.recv(1000) == b""
-            assert time.monotonic() - started < 10
+    client = HTTPConnection("127.0.0.1", impatient.port, timeout=30)
+    with contextlib.closing(client):
+        for _ in range(2):
+            client.request("POST", "/invocations", body, {"content-type": "application/json"})
+            answer = client.getresponse()
+            assert answer.status == 200
+            answer.read()
+        client.sock.sendall(b"POST /invoc")
+        started = time.monotonic()
+        assert client.sock.recv(1000) == b""
+        assert time.monotonic() - started < 10
 
 
 def test_a_slow_client_does_not_hold_up_the_end(compiled_student, tmp_path):

@@ -1,6 +1,6 @@
 """The router: who gets which request, what it passes on, how it is steered and how it ends.
 
-The servers behind it are those of ``tests.resources.stand_in``, which answer without a model.
+The servers behind it are those of ``tests.resources.stand_in_server``, which answer without a model.
 """
 
 from __future__ import annotations
@@ -20,22 +20,25 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ml import __main__ as command_line
 from ml.artifacts import read_manifest, short_version, write_manifest
 from ml.serving.app import MAX_BODY_BYTES
 from ml.serving.routing import RoutedVariant, RoutePlan, RouterGoneError, ask
 from ml.serving.seen import Seen
 from ml.serving.shares import BLOCK, Shares
 from ml.serving.variants import INVOKED_VARIANT_HEADER, OFFERS_HEADER, TARGET_VARIANT_HEADER
+from tests import plain_http
 
-PROGRAM = "tests.resources.stand_in"
+PROGRAM = "tests.resources.stand_in_server"
 OFFERS = {"offers": [{"offer_id": "1", "title": "a"}]}
 
 weights = st.lists(st.integers(0, 100), min_size=1, max_size=6).filter(any)
 
 
+@settings(max_examples=30)  # up to 500 choices each
 @given(weights, st.integers(1, 5), st.randoms(use_true_random=False))
 def test_in_every_block_each_variant_gets_its_share(weights, blocks, generator):
     shares = Shares(weights, generator)
@@ -121,11 +124,11 @@ class Router:
         return RoutedVariant(model=str(folder), model_version=self.versions[folder.name], weight=share)
 
     def post(self, content: bytes = json.dumps(OFFERS).encode(), **headers: str) -> httpx.Response:
-        return httpx.post(f"{self.url}/invocations", content=content, headers=headers, timeout=60)
+        return plain_http.post(f"{self.url}/invocations", content=content, headers=headers, timeout=60)
 
     def answered_by(self, requests: int) -> Counter[str]:
         names = {version: name for name, version in self.versions.items()}
-        with httpx.Client() as client:
+        with plain_http.Client() as client:
             answers = [client.post(f"{self.url}/invocations", json=OFFERS).json() for _ in range(requests)]
         return Counter(names[answer["predictions"][0]["model_version"]] for answer in answers)
 
@@ -151,7 +154,7 @@ def test_a_router_shares_requests_exactly_and_says_who_answered(router):
     (prediction,) = answer.json()["predictions"]
     assert answer.headers[INVOKED_VARIANT_HEADER] == f"model-{prediction['model_version']}"
     assert answer.headers[OFFERS_HEADER] == "1;0"
-    ping = httpx.get(f"{router.url}/ping").json()
+    ping = plain_http.get(f"{router.url}/ping").json()
     assert (ping["status"], ping["model_version"]) == ("ok", router.versions["first"])
 
 
@@ -205,12 +208,12 @@ def test_a_router_that_ends_answers_what_it_has_begun_and_takes_its_servers_alon
         (b'{"variants": []}', "no variant has a share of the requests"),
     ],
 )
-def test_a_plan_that_is_none_is_one_line(tmp_path, plan, said):
+def test_a_plan_that_is_none_is_one_line(tmp_path, capsys, plan, said):
     if plan is not None:
         (tmp_path / "plan.json").write_bytes(plan)
-    command = [sys.executable, "-m", "ml", "route", "--plan", str(tmp_path / "plan.json"), "--port", "0"]
-    command += ["--control", str(tmp_path / "c.sock"), "--state-file", str(tmp_path / "state.json")]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert ended.returncode == 2
-    assert said in ended.stderr
-    assert ended.stderr.count("\n") == 1
+    arguments = ["route", "--plan", str(tmp_path / "plan.json"), "--port", "0"]
+    arguments += ["--control", str(tmp_path / "c.sock"), "--state-file", str(tmp_path / "state.json")]
+    assert command_line.main(arguments) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert told.count("\n") == 1

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +16,12 @@ from offer_assets import versions as versions_module
 from offer_assets.headless import LOGGERS
 from offer_assets.jobs import START_ENDPOINT
 from offer_assets.traffic import SHADOW_VERSION, SPLIT_TRAFFIC
-from resources.endpoints import EndpointError, variant_name
+from resources.endpoints import variant_name
 from resources.local_endpoints import LocalEndpoints
 from sensors.decided_versions import decided_versions
 from tests.registry import registry_in
 from tests.release_world import BAD, RELEASE, RENAMED_1, RENAMED_STUDENT, World, failure_of, free_port
-
-OFFERS = [{"offer_id": "1", "title": "a"}]
+from tests.resources.endpoint_world import traffic
 
 
 @pytest.fixture
@@ -49,27 +45,6 @@ def try_out(world: World, seconds: float) -> None:
         canary_seconds=seconds,
         canary_percent=50,
     )
-
-
-@contextmanager
-def traffic(endpoints: LocalEndpoints) -> Iterator[None]:
-    is_over = threading.Event()
-
-    def ask() -> None:
-        while not is_over.is_set():
-            try:
-                endpoints.invoke(OFFERS)
-            except EndpointError:
-                continue
-
-    with ThreadPoolExecutor(4) as pool:
-        asking = [pool.submit(ask) for _ in range(4)]
-        try:
-            yield
-        finally:
-            is_over.set()
-    for client in asking:
-        client.result()
 
 
 def shadow(world: World, **config: Any) -> dg.ExecuteInProcessResult:

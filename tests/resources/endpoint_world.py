@@ -24,6 +24,8 @@ from resources.local_endpoints import LocalEndpoints
 Model = tuple[Path, ArtifactRef]
 
 
+_SECONDS_BETWEEN_REQUESTS = 0.01
+
 OFFERS = [{"offer_id": str(number), "title": "a"} for number in range(20)]
 
 
@@ -38,7 +40,7 @@ class World(ABC):
         """The one endpoint of this world; ``policy`` are fields of the resource."""
 
     def model(self, name: str, behaviour: str = "answer") -> Model:
-        """A compiled student without weights; see ``tests/resources/stand_in.py`` for behaviours."""
+        """A compiled student without weights; see ``tests/resources/stand_in_server.py`` for behaviours."""
         folder = self.tmp_path / "compiled_student" / name
         folder.mkdir(parents=True)
         (folder / "name").write_text(name)
@@ -63,7 +65,7 @@ class LocalWorld(World):
         self.port = free_port()
 
     def endpoints(self, **policy: float) -> LocalEndpoints:
-        home, program = str(self.tmp_path / "home"), "tests.resources.stand_in"
+        home, program = str(self.tmp_path / "home"), "tests.resources.stand_in_server"
         return LocalEndpoints(home=home, port=self.port, workers=1, program=program, **policy)
 
 
@@ -75,7 +77,7 @@ def free_port() -> int:
 
 @contextmanager
 def traffic(endpoints: Endpoints, clients: int = 4) -> Iterator[list[str]]:
-    """Clients that ask all the time; yields the versions that answered, and "error" for each failure."""
+    """Clients that ask again and again; yields the versions that answered, and "error" for each failure."""
     is_over, answers = threading.Event(), list[str]()
 
     def ask() -> None:
@@ -84,6 +86,7 @@ def traffic(endpoints: Endpoints, clients: int = 4) -> Iterator[list[str]]:
                 answers.append(endpoints.invoke(OFFERS)[0]["model_version"])
             except EndpointError:
                 answers.append("error")
+            is_over.wait(_SECONDS_BETWEEN_REQUESTS)
 
     with ThreadPoolExecutor(clients) as pool:
         asking = [pool.submit(ask) for _ in range(clients)]
