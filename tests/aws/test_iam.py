@@ -264,7 +264,9 @@ def _needed_by(folder: Path) -> dict[str, list[str]]:
     for method in methods_called_on("client", tracking):
         own_name = "".join(word.title() for word in method.split("_"))
         for name in OF_MLFLOW.get(method, {own_name}):
-            needed.setdefault(f"sagemaker-mlflow:{name}", []).append(f"{tracking.name} {method}")
+            # A tracking server asks for each action, an app for the one that stands for all.
+            for action in (f"sagemaker-mlflow:{name}", "sagemaker:CallMlflowAppApi"):
+                needed.setdefault(action, []).append(f"{tracking.name} {method}")
     return needed
 
 
