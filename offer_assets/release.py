@@ -24,7 +24,7 @@ from offer_assets.taxonomy import taxonomy_in_force
 from resources.artifact_store import ArtifactStore
 from resources.compute import Compute
 from resources.endpoints import Endpoints, RolledBackError, variant_name
-from resources.tracking import Decision, Promotion, RegisteredVersion, Tracking, now
+from resources.tracking import TARGET_TAG, Decision, Promotion, RegisteredVersion, Tracking, now
 
 _REQUEST_BYTES = 4 << 20
 """Well below what an endpoint accepts (6,291,456)."""
@@ -85,6 +85,7 @@ def model_version(
             "verdict": "passed" if verdict.passed else "failed",
             "evaluation": student_evaluation.digest,
             CHAMPION_TAG: champion,
+            TARGET_TAG: target_of(compute, model),
             **msgspec.structs.asdict(lineage_of(compute, model)),
         },
         approval=release_policy.at_registration if verdict.passed else None,
@@ -233,6 +234,12 @@ def lineage_of(compute: Compute, ref: ArtifactRef) -> Lineage:
     )
 
 
+def target_of(compute: Compute, ref: ArtifactRef) -> str:
+    """What a compiled (or renamed) student is compiled for."""
+    compiled = compute.origin(ref, "compiled_student") if ref.kind == "renamed_student" else ref
+    return str(compute.manifest(compiled).parameters.get("target", CPU))
+
+
 def _production_renamed(
     context: dg.AssetExecutionContext, taxonomy_change: ArtifactRef, compute: Compute, tracking: Tracking
 ) -> dg.MaterializeResult:
@@ -276,6 +283,7 @@ def _register_under_other_names(
         tags={
             **{name: version.tags[name] for name in ("verdict", "evaluation")},
             CHAMPION_TAG: champion,
+            TARGET_TAG: target_of(compute, model),
             **msgspec.structs.asdict(lineage_of(compute, model)),
         },
         approval="automatic" if version.passed else None,

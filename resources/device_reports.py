@@ -62,10 +62,10 @@ class DeviceReports(dg.ConfigurableResource["DeviceReports"]):
         try:
             filesystem, folder = fsspec.core.url_to_fs(self.location)
             filesystem.invalidate_cache()
+            if not filesystem.exists(folder):
+                return {}
             paths = sorted(str(path) for path in filesystem.ls(folder, detail=False))
             return {path: filesystem.cat_file(path) for path in paths if path.endswith(".json")}
-        except FileNotFoundError:
-            return {}
         except Exception as error:  # each file system fails in ways of its own
             line = without_secrets(" ".join(str(error).split())[:300]) or type(error).__name__
             raise InputError(f"{SETTING}={self.location} cannot be read: {line}") from None

@@ -20,6 +20,7 @@ from resources.failures import input_errors_fail_plainly
 from resources.model_packages import ModelPackage, ModelPackages, PackageDetails, Status
 from resources.tracking import (
     APPROVAL_TAG,
+    TARGET_TAG,
     Choice,
     Decision,
     Promotion,
@@ -27,9 +28,6 @@ from resources.tracking import (
     Tracking,
     tags_of,
 )
-
-TARGET_TAG = "target"
-"""Of a registered version: the hardware that it is compiled for; ``cpu`` where it does not say."""
 
 CODE_REVISION_TAG = "code_revision"
 

@@ -39,6 +39,8 @@ _ARTIFACT_TAGS = ("kind", "key", "digest", "uri")
 
 APPROVAL_TAG = "approval"
 """``automatic``, ``pending``, ``approved`` or ``rejected``; a person may set it by hand."""
+TARGET_TAG = "target"
+"""What the version is compiled for; ``cpu`` where it does not say."""
 _DECISION_TAG = "approval.decision"
 _PROMOTION_TAGS = "promotion."
 _PROMOTED_AT_TAG, _PROMOTION_REASON_TAG = "promoted_at", "promotion_reason"

@@ -83,7 +83,13 @@ class World:
         )
 
     def artifact(
-        self, kind: str, name: str, files: dict[str, str], inputs: dict[str, str], **metrics: Any
+        self,
+        kind: str,
+        name: str,
+        files: dict[str, str],
+        inputs: dict[str, str],
+        parameters: dict[str, Any] | None = None,
+        **metrics: Any,
     ) -> ArtifactRef:
         folder = self.store.destination(kind, name)
         folder.mkdir(parents=True)
@@ -99,7 +105,7 @@ class World:
             inputs=inputs,
             code_version="1",
             code_revision=f"code of {name}",
-            parameters={},
+            parameters=parameters or {},
             metrics=metrics,
             seconds=0.1,
         )

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import botocore.session
+from botocore import xform_name
 
 _IAM = Path(__file__).resolve().parents[2] / "deploy" / "iam"
 
@@ -50,6 +51,7 @@ class Call:
     place: str
 
 
+@cache
 def calls_in(folder: Path) -> tuple[list[Call], list[str]]:
     """All calls of boto3 clients below ``folder``, and what looks like one and cannot be told.
 
@@ -61,11 +63,12 @@ def calls_in(folder: Path) -> tuple[list[Call], list[str]]:
     for tree in trees.values():
         for name, service in _clients(tree):
             everywhere.setdefault(name, set()).add(service)
-    own = {node.name for tree in trees.values() for node in _scopes(tree) if not isinstance(node, ast.Module)}
+    scopes = {path: list(_scopes(tree)) for path, tree in trees.items()}
+    own = {node.name for each in scopes.values() for node in each if not isinstance(node, ast.Module)}
     calls, unclear = [], []
-    for path, tree in trees.items():
+    for path in trees:
         uses_aws = "resources.aws" in path.read_text() or path.name == "aws.py"
-        for function in _scopes(tree):
+        for function in scopes[path]:
             here = dict(_clients(function))
             for call in _own_calls(function):
                 assert isinstance(call.func, ast.Attribute)
@@ -173,8 +176,8 @@ def _is_aws_method(method: str) -> bool:
 @cache
 def _methods(service: str) -> dict[str, str]:
     """Operation by method of the client."""
-    client = botocore.session.get_session().create_client(service, region_name="eu-central-1")
-    return dict(client.meta.method_to_api_mapping)
+    operations = botocore.session.get_session().get_service_model(service).operation_names
+    return {xform_name(operation): operation for operation in operations}
 
 
 def allowed_actions(document: str) -> set[str]:

@@ -27,6 +27,16 @@ NEEDED_ALONG = {
     "sagemaker:CreateEndpoint": {"sagemaker:AddTags"},
     "sagemaker:CreateTransformJob": {"kms:CreateGrant", "kms:DescribeKey", "sagemaker:AddTags"},
     "sagemaker:CreateModelPackageGroup": {"sagemaker:AddTags"},
+    # As in AWS's managed policy for the model registry; whoever calls needs them, there is no role.
+    "sagemaker:CreateModelPackage": {
+        "ecr:BatchGetImage",
+        "ecr:DescribeImages",
+        "kms:CreateGrant",
+        "kms:Decrypt",
+        "kms:DescribeKey",
+        "kms:GenerateDataKey",
+        "sagemaker:AddTags",
+    },
     "application-autoscaling:RegisterScalableTarget": {"iam:CreateServiceLinkedRole"},
     "s3:GetObject": {
         "kms:Decrypt",
@@ -74,6 +84,9 @@ ACCOUNT = {
     "OFFER_ASSETS_AWS_ROLE": "arn:aws:iam::123456789012:role/offer-assets-jobs",
     "OFFER_ASSETS_AWS_KMS_KEY": "arn:aws:kms:eu-central-1:123456789012:key/1234abcd",
 }
+
+
+_SSE = "s3:x-amz-server-side-encryption"
 
 
 @pytest.fixture
@@ -211,6 +224,34 @@ def test_s3_takes_the_policy_and_the_lifecycle_of_the_bucket(account, stand_in):
     assert expiring == {f"offers/{name}/" for name in ("jobs", "checkpoints", "transform", "capture")}
 
 
+@pytest.mark.parametrize(
+    ("asked", "is_denied"),
+    [
+        ({}, False),  # the bucket's default: checkpoints of a job, which no request of ours names a key for
+        ({_SSE: "aws:kms", f"{_SSE}-aws-kms-key-id": ACCOUNT["OFFER_ASSETS_AWS_KMS_KEY"]}, False),
+        ({_SSE: "aws:kms", f"{_SSE}-aws-kms-key-id": "arn:aws:kms:eu-central-1:1:key/other"}, True),
+        ({_SSE: "aws:kms"}, True),  # the key that AWS manages
+        ({_SSE: "AES256"}, True),
+    ],
+)
+def test_the_bucket_takes_what_our_key_encrypts_and_what_asks_for_nothing(account, asked, is_denied):
+    statements = json.loads(render(account, "bucket-policy"))["Statement"]
+    puts = [each for each in statements if each["Action"] == "s3:PutObject"]
+    assert len(puts) == 2
+    assert any(_applies(each["Condition"], asked) for each in puts) == is_denied
+
+
+def _applies(condition: dict[str, dict[str, str]], context: dict[str, str]) -> bool:
+    """Whether a condition holds, by the rules of IAM: what is missing is not equal to anything."""
+    holds = {
+        "Null": lambda key, value: (key not in context) == (value == "true"),
+        "StringNotEquals": lambda key, value: context.get(key) != value,
+    }
+    return all(
+        holds[operator](key, value) for operator, each in condition.items() for key, value in each.items()
+    )
+
+
 def _needed_by(folder: Path) -> dict[str, list[str]]:
     """Actions that the code needs, each with the places that need it."""
     calls, _ = calls_in(folder)
@@ -223,7 +264,9 @@ def _needed_by(folder: Path) -> dict[str, list[str]]:
     for method in methods_called_on("client", tracking):
         own_name = "".join(word.title() for word in method.split("_"))
         for name in OF_MLFLOW.get(method, {own_name}):
-            needed.setdefault(f"sagemaker-mlflow:{name}", []).append(f"{tracking.name} {method}")
+            # A tracking server asks for each action, an app for the one that stands for all.
+            for action in (f"sagemaker-mlflow:{name}", "sagemaker:CallMlflowAppApi"):
+                needed.setdefault(action, []).append(f"{tracking.name} {method}")
     return needed
 
 

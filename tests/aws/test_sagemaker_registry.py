@@ -391,7 +391,7 @@ STEPS = ["approved here", "rejected here", "Approved", "Rejected", "lost approve
 
 
 @given(steps=st.lists(st.tuples(st.sampled_from(STEPS), st.booleans()), min_size=1, max_size=6))
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whatever_is_decided_where_both_end_with_the_newest(tracking, registry, stand_in, steps):
     """Here, in SageMaker, or here without reaching it; read in between or not."""
     digest = f"{len(registry.packages):064x}"

@@ -1,9 +1,7 @@
 """A real, small student (one MiniLM layer, 12 categories) and what it is compiled to; made once per run."""
 
 import fcntl
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,19 +79,21 @@ def neuron_student(compiled_root: Path) -> Path:
     folder = compiled_root / "neuron"
     with _locked(compiled_root.with_suffix(".neuron.lock")):
         if not folder.exists():
-            spec = folder.with_suffix(".json")
-            spec.write_bytes(
-                msgspec.json.encode(compile_spec(compiled_root, folder, target="neuron", sdk=SDK_VERSION))
-            )
-            search_path = [str(NEURON_SDK), os.environ.get("PYTHONPATH", "")]
-            environment = {
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(filter(None, search_path)),
-                "TESTS_NEURON_CALLS": str(compiled_root / "neuron-calls.jsonl"),
-            }
-            command = [sys.executable, "-m", "ml", "compiled_student", "--spec", str(spec)]
-            subprocess.run(command, cwd=NEURON_SDK.parents[2], env=environment, check=True)
+            with pytest.MonkeyPatch.context() as patch, neuron_sdk(patch):
+                patch.setenv("TESTS_NEURON_CALLS", str(compiled_root / "neuron-calls.jsonl"))
+                run_stage(compile_spec(compiled_root, folder, target="neuron", sdk=SDK_VERSION))
     return folder
+
+
+@contextmanager
+def neuron_sdk(patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The stand-in of the SDK, as if it were installed."""
+    patch.syspath_prepend(str(NEURON_SDK))
+    patch.setenv("NEURON_PLATFORM_TARGET_OVERRIDE", "")  # is set by who compiles; gone afterwards
+    try:
+        yield
+    finally:
+        sys.modules.pop("torch_neuronx", None)
 
 
 @pytest.fixture

@@ -19,17 +19,15 @@ from ml.serving.compiled_model import CompiledModel, ModelSettings
 from ml.serving.neuron import NeuronHost
 from ml.serving.predictor import Predictor
 from ml.serving.workers import cores_for_workers, single_thread_environment
-from tests.ml.compiled_models import NEURON_SDK, TITLES
+from tests.ml.compiled_models import NEURON_SDK, TITLES, neuron_sdk
 
 SDK = {"torch-neuronx": "2.9.0.2.15.32035", "neuronx-cc": "2.27.5334.0"}
 
 
 @pytest.fixture
 def sdk(monkeypatch):
-    """The stand-in of the SDK, as if it were installed."""
-    monkeypatch.syspath_prepend(str(NEURON_SDK))
-    yield
-    sys.modules.pop("torch_neuronx", None)
+    with neuron_sdk(monkeypatch):
+        yield
 
 
 def host(root: Path, devices: int = 1, name: str = "Inferentia2") -> NeuronHost:
@@ -68,8 +66,7 @@ def test_the_artifact_says_with_what_and_for_what_it_was_compiled(neuron_student
     assert {bucket.file for bucket in settings.traced.buckets} < files
 
 
-def test_another_sdk_than_the_one_asked_for_does_not_compile(sdk, monkeypatch):
-    monkeypatch.setenv("NEURON_PLATFORM_TARGET_OVERRIDE", "")
+def test_another_sdk_than_the_one_asked_for_does_not_compile(sdk):
     assert neuron.load_compiler(neuron.SDK_VERSION).trace
     with pytest.raises(
         InputError, match=r"torch-neuronx 2\.9\.1 has to compile, here is 2\.9\.0\.2\.15\.32035"

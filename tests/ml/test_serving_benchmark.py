@@ -7,7 +7,9 @@ import pytest
 
 from ml.artifacts import read_manifest
 from ml.errors import InputError
+from ml.evaluation.gate import GateLimits, compiled_matches_uncompiled
 from ml.runner import StageSpec, key_of, run_stage
+from ml.serving.device_report import read_report
 from ml.serving.machine import this_machine
 from ml.serving.prices import read_prices
 from ml.stages import STAGES, ServingMeasurementParameters
@@ -49,6 +51,12 @@ def test_this_machine_is_measured_and_everything_else_follows_from_it_or_from_re
     assert measured.metrics["offers_per_second"] > 0
     assert measured.metrics["p99_milliseconds"] > 0
 
+    report_file = tmp_path / "measured" / "report.json"
+    here = read_report(report_file.read_bytes(), str(report_file))
+    assert (here.target, here.versions.keys()) == ("cpu", {"onnxruntime"})
+    assert here.peak_memory_bytes > 10_000_000
+    assert compiled_matches_uncompiled(here.gate_metrics, GateLimits()).passed
+
     report = device_report(model_digest=read_manifest(compiled_root / "compiled").digest)
     run_stage(
         comparison(
@@ -63,9 +71,10 @@ def test_this_machine_is_measured_and_everything_else_follows_from_it_or_from_re
     rows = pq.read_table(tmp_path / "benchmark" / "benchmark.parquet").to_pylist()
     inferentia = next(row for row in rows if row["instance_type"] == "ml.inf2.xlarge")
     assert (inferentia["basis"], inferentia["instances_for_peak"]) == ("measured", 8)
-    here = next(row for row in rows if row["why_not"].startswith("no price"))
-    assert here["instance_type"] == (this_machine().instance_type or this_machine().description)
-    assert here["offers_per_second"] == measured.metrics["offers_per_second"]
+    priceless = next(row for row in rows if row["why_not"].startswith("no price"))
+    assert priceless["instance_type"] == here.instance_type
+    assert here.instance_type == (this_machine().instance_type or this_machine().description)
+    assert priceless["offers_per_second"] == measured.metrics["offers_per_second"]
     latency = pq.read_table(tmp_path / "benchmark" / "latency.parquet").to_pylist()
     assert [row["request_offers"] for row in latency] == [1, 32, 256, 32, 32]
     for name in ("costs_plot.png", "latency_plot.png"):

@@ -21,7 +21,7 @@ from offer_assets import __main__ as command_line
 from offer_assets import versions as versions_module
 from offer_assets.evaluation import student_evaluation, student_of
 from offer_assets.jobs import START_ENDPOINT
-from offer_assets.release import CHAMPION_TAG, Lineage, lineage_of
+from offer_assets.release import CHAMPION_TAG, Lineage, lineage_of, target_of
 from resources.artifact_store import FolderArtifactStore
 from resources.compute import LocalCompute
 from resources.local_endpoints import LocalEndpoints
@@ -592,6 +592,14 @@ def test_lineage_of_a_renamed_student_has_its_own_taxonomy_and_the_data_of_its_s
     lineage = lineage_of(world.compute, renamed)
     assert lineage.taxonomy_version == taxonomy.version
     assert lineage.data == lineage_of(world.compute, compiled).data
+
+
+def test_the_target_of_a_version_is_that_of_its_compiled_student_whatever_its_names(world):
+    first = world.release("first")
+    assert world.registered(first).tags["target"] == target_of(world.compute, first) == "cpu"
+    compiled = world.artifact("compiled_student", "on-inf2", {}, {}, parameters={"target": "neuron"})
+    renamed = world.artifact("renamed_student", "renamed", {}, {"compiled_student": compiled.digest})
+    assert target_of(world.compute, compiled) == target_of(world.compute, renamed) == "neuron"
 
 
 def test_no_request_is_lost_while_a_rollback_brings_a_real_model_back(

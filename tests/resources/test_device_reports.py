@@ -56,6 +56,12 @@ def test_a_location_that_cannot_be_read_is_one_line():
         DeviceReports(location="nosuch://reports").of(MODEL)
 
 
+def test_a_report_that_vanishes_as_it_is_read_does_not_pass_for_none(tmp_path):
+    (tmp_path / "one.json").symlink_to(tmp_path / "gone")
+    with pytest.raises(InputFailure, match="cannot be read"):
+        DeviceReports(location=str(tmp_path)).of(MODEL)
+
+
 def test_the_location_is_in_the_home_unless_it_is_set(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OFFER_ASSETS_HOME", "home")
