@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-"""Tiny models gain nothing by threads, and several test processes lose by them: idle ones wait by spinning."""
+"""Tiny models gain nothing by threads, and several test processes lose by them: idle threads spin."""
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"

@@ -18,6 +18,8 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.small_encoder import small_encoder
+
 ROOT = Path(__file__).resolve().parents[2]
 
 SMALL = {
@@ -27,7 +29,7 @@ SMALL = {
     "OFFER_ASSETS_UNLABELLED_OFFERS": "500",
     "OFFER_ASSETS_TEACHER_EPOCHS": "4",
     "OFFER_ASSETS_STUDENT_EPOCHS": "6",
-    "OFFER_ASSETS_STUDENT_LAYERS": "3",
+    "OFFER_ASSETS_STUDENT_LAYERS": "1",
     "OFFER_ASSETS_MAX_TOKENS": "32",
     "OFFER_ASSETS_ENDPOINT_WORKERS": "1",
     "OFFER_ASSETS_WARM_TEACHER_EPOCHS": "2",
@@ -157,7 +159,12 @@ class Demo:
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
     """The demo, killed with SIGKILL while the teacher learns, and started again."""
     home = tmp_path_factory.mktemp("demo") / "home"
-    env = environment(home, **SMALL, OFFER_ASSETS_ENDPOINT_PORT=str(free_port()))
+    env = environment(
+        home,
+        **SMALL,
+        OFFER_ASSETS_ENCODER=str(small_encoder(home.parent / "encoder")),
+        OFFER_ASSETS_ENDPOINT_PORT=str(free_port()),
+    )
     killed_output = start_and_kill_in_training(home, env)
     finished = run(["offer_assets", "demo"], env)
     try:
