@@ -56,12 +56,6 @@ def render(settings: Settings, document: str, repository: str = "") -> str:
 
 
 def _values(settings: Settings) -> dict[str, str]:
-    name = settings.aws_endpoint_name
-    if name != name.lower():
-        raise InputError(
-            f"OFFER_ASSETS_AWS_ENDPOINT_NAME={name} has capitals: SageMaker writes the names of models and "
-            "endpoints small in their ARNs, so that no policy would fit; choose a name without"
-        )
     bucket, _, prefix = settings.aws_store.removeprefix("s3://").partition("/")
     _, partition, _, _, account, _ = (settings.aws_role or ":::::").split(":", 5)
     return {
@@ -70,7 +64,7 @@ def _values(settings: Settings) -> dict[str, str]:
         "AccountId": account,
         "Bucket": bucket,
         "Prefix": f"{prefix}/" if prefix else "",
-        "Name": name,
+        "Name": settings.aws_endpoint_name,
         "Role": settings.aws_role,
         _KEY: settings.aws_kms_key,
     }

@@ -15,6 +15,8 @@ from pydantic_settings import BaseSettings
 _STORE = re.compile(r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^\s?#*]*)?$")
 _ROLE = re.compile(r"^arn:aws[a-z-]*:iam::\d{12}:role/\S+$")
 _INSTANCE = re.compile(r"^ml\.[a-z0-9-]+\.[a-z0-9]+$")
+_REGION = re.compile(r"^[a-z]{2}(-[a-z]+)+-\d+$")
+_NAME = re.compile(r"^[a-z0-9](-?[a-z0-9]){0,40}$")
 _IDS = {
     "subnet": re.compile(r"^subnet-[0-9a-f]+$"),
     "sg": re.compile(r"^sg-[0-9a-f]+$"),
@@ -49,6 +51,31 @@ def _absolute(value: str) -> str:
     return str(Path(value).expanduser().absolute()) if value else ""
 
 
+def _one_word(value: str) -> str:
+    if any(character.isspace() for character in value):
+        raise ValueError("must have no spaces")
+    return value
+
+
+def _region(value: str) -> str:
+    if value and not _REGION.match(value):
+        raise ValueError("must be a region such as eu-central-1")
+    return value
+
+
+def _endpoint_name(value: str) -> str:
+    # SageMaker writes names small in its ARNs: policies for a name with capitals would not fit.
+    if not _NAME.match(value):
+        raise ValueError("must be of small letters, digits and single hyphens, 41 characters at most")
+    return value
+
+
+def _postgres(value: str) -> str:
+    if value and not value.startswith("postgresql+psycopg2://"):
+        raise ValueError("must be an address such as postgresql+psycopg2://user@host/name")
+    return value
+
+
 def _ids(value: str, prefix: str) -> str:
     given = [name.strip() for name in value.split(",") if name.strip()]
     for name in given:
@@ -73,15 +100,13 @@ class AwsSettings(BaseSettings):
         validation_alias="OFFER_ASSETS_AWS_STORE",
         description="Where artifacts, pointers, jobs and captured requests lie in S3: s3://bucket/prefix.",
     )
-    aws_region: str = Field(
+    aws_region: Annotated[str, AfterValidator(_region)] = Field(
         default="",
-        pattern=r"^([a-z]{2}(-[a-z]+)+-\d+)?$",
         validation_alias="OFFER_ASSETS_AWS_REGION",
         description="Region of all services. Empty: AWS_REGION or AWS_DEFAULT_REGION.",
     )
-    aws_kms_key: str = Field(
+    aws_kms_key: Annotated[str, AfterValidator(_one_word)] = Field(
         default="",
-        pattern=r"^\S*$",
         validation_alias="OFFER_ASSETS_AWS_KMS_KEY",
         description="KMS key (ARN) that encrypts objects, volumes and captured requests. Empty: the key that "
         "AWS manages for S3.",
@@ -91,21 +116,18 @@ class AwsSettings(BaseSettings):
         validation_alias="OFFER_ASSETS_AWS_ROLE",
         description="ARN of the role that jobs and model containers run as (deploy/iam/ has its policy).",
     )
-    aws_training_image: str = Field(
+    aws_training_image: Annotated[str, AfterValidator(_one_word)] = Field(
         default="",
-        pattern=r"^\S*$",
         validation_alias="OFFER_ASSETS_AWS_TRAINING_IMAGE",
         description="URI of the image that jobs run in (deploy/images/training.Dockerfile).",
     )
-    aws_serving_image: str = Field(
+    aws_serving_image: Annotated[str, AfterValidator(_one_word)] = Field(
         default="",
-        pattern=r"^\S*$",
         validation_alias="OFFER_ASSETS_AWS_SERVING_IMAGE",
         description="URI of the image that serves models for cpu (deploy/images/serving.Dockerfile).",
     )
-    aws_neuron_image: str = Field(
+    aws_neuron_image: Annotated[str, AfterValidator(_one_word)] = Field(
         default="",
-        pattern=r"^\S*$",
         validation_alias="OFFER_ASSETS_AWS_NEURON_IMAGE",
         description="URI of the image that compiles and serves for neuron (deploy/images/neuron.Dockerfile). "
         "Empty: that target cannot be made.",
@@ -126,9 +148,8 @@ class AwsSettings(BaseSettings):
         validation_alias="OFFER_ASSETS_AWS_SECURITY_GROUPS",
         description="Security groups of jobs and endpoints, separated by commas; goes with the subnets.",
     )
-    aws_endpoint_name: str = Field(
+    aws_endpoint_name: Annotated[str, AfterValidator(_endpoint_name)] = Field(
         default="offer-assets",
-        pattern=r"^[a-zA-Z0-9](-*[a-zA-Z0-9]){0,40}$",
         validation_alias="OFFER_ASSETS_AWS_ENDPOINT_NAME",
         description="Name of the SageMaker endpoint; names of its models, alarms and jobs begin with it.",
     )
@@ -176,9 +197,8 @@ class AwsSettings(BaseSettings):
         description="From so many offers on a day is catalogued by a job, which takes minutes to start; "
         "fewer are sent to the endpoint. 0: always by a job.",
     )
-    postgres_url: str = Field(
+    postgres_url: Annotated[str, AfterValidator(_postgres)] = Field(
         default="",
-        pattern=r"^(postgresql\+psycopg2://\S+)?$",
         validation_alias="OFFER_ASSETS_POSTGRES_URL",
         description="PostgreSQL for Dagster's storage and the outbox of alerts, such as "
         "postgresql+psycopg2://user@host/name. Empty: SQLite files in OFFER_ASSETS_HOME.",

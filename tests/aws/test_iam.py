@@ -197,7 +197,6 @@ def test_without_a_key_of_ones_own_nothing_is_said_about_it(account, monkeypatch
     [
         ("OFFER_ASSETS_AWS_STORE", "", "orchestrator", "OFFER_ASSETS_AWS_STORE"),
         ("OFFER_ASSETS_AWS_ROLE", "", "orchestrator", "OFFER_ASSETS_AWS_ROLE"),
-        ("OFFER_ASSETS_AWS_ENDPOINT_NAME", "OfferAssets", "orchestrator", "capitals"),
         ("OFFER_ASSETS_AWS_ROLE", ACCOUNT["OFFER_ASSETS_AWS_ROLE"], "deployer-trust", "--repository"),
         ("OFFER_ASSETS_AWS_ROLE", ACCOUNT["OFFER_ASSETS_AWS_ROLE"], "operator", "orchestrator"),
     ],

@@ -126,6 +126,17 @@ def test_an_empty_value_means_the_default(monkeypatch):
         ),
         ("CORRECTIONS_FEED", "nowhere.csv", "points nowhere: nothing matches {folder}/nowhere.csv"),
         ("OFFER_ASSETS_ALERT_ROUTES", "no.toml", "points nowhere: there is no file {folder}/no.toml"),
+        ("OFFER_ASSETS_AWS_STORE", "my-bucket", "must be a bucket and perhaps a prefix, such as s3://"),
+        ("OFFER_ASSETS_AWS_STORE", "s3://bucket/a*", "must be a bucket and perhaps a prefix, such as s3://"),
+        ("OFFER_ASSETS_AWS_REGION", "frankfurt", "must be a region such as eu-central-1"),
+        ("OFFER_ASSETS_AWS_ROLE", "jobs", "must be the ARN of a role, such as arn:aws:iam::"),
+        ("OFFER_ASSETS_AWS_KMS_KEY", "a key", "must have no spaces"),
+        ("OFFER_ASSETS_AWS_SERVING_IMAGE", "image 1", "must have no spaces"),
+        ("OFFER_ASSETS_AWS_ENDPOINT_NAME", "OfferAssets", "must be of small letters, digits and single"),
+        ("OFFER_ASSETS_AWS_ENDPOINT_INSTANCE_TYPE", "c7i.xlarge", "must be an instance type such as ml."),
+        ("OFFER_ASSETS_AWS_SUBNETS", "subnet-1,eu", "must be ids separated by commas, such as subnet-"),
+        ("OFFER_ASSETS_POSTGRES_URL", "postgresql://db", "must be an address such as postgresql+psycopg2://"),
+        ("OFFER_ASSETS_CANARY_PERCENT", "80", "must be less than or equal to 50"),
         ("OFFER_ASSETS_UI_URL", "dagster", "must be an address such as http://localhost:3000"),
         ("OFFER_ASSETS_UI_URL", "https://dagster.example.com?a=b", "must be an address such as"),
         ("OFFER_ASSETS_RETRAIN_AFTER_DAYS", "0", "must be greater than or equal to 1"),
@@ -254,3 +265,37 @@ def test_the_example_file_lists_every_setting_with_description_and_default():
 def test_the_example_file_is_a_valid_dotenv_file(folder):
     (folder / ".env").write_text((ROOT / ".env.example").read_text())
     assert Settings.from_environment() == Settings()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {"OFFER_ASSETS_AWS_ENDPOINT_MIN_INSTANCES": "30"},
+            "OFFER_ASSETS_AWS_ENDPOINT_MIN_INSTANCES=30 is more than",
+        ),
+        (
+            {"OFFER_ASSETS_AWS_SUBNETS": "subnet-0a1b2c3d"},
+            "OFFER_ASSETS_AWS_SECURITY_GROUPS is missing: OFFER_ASSETS_AWS_SUBNETS is set",
+        ),
+        (
+            {"OFFER_ASSETS_AWS_SECURITY_GROUPS": "sg-0a1b2c3d"},
+            "OFFER_ASSETS_AWS_SUBNETS is missing: OFFER_ASSETS_AWS_SECURITY_GROUPS is set",
+        ),
+        ({"OFFER_ASSETS_ENV": "aws"}, "OFFER_ASSETS_AWS_STORE, OFFER_ASSETS_AWS_REGION, "),
+    ],
+)
+def test_settings_of_aws_that_contradict_or_miss_each_other_are_one_line(monkeypatch, given, said):
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError) as error:
+        Settings.from_environment()
+    assert str(error.value).startswith(said)
+    assert "\n" not in str(error.value)
+
+
+def test_the_region_may_be_that_of_every_aws_tool(monkeypatch):
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
+    assert Settings.from_environment().region == "eu-west-1"
+    monkeypatch.setenv("OFFER_ASSETS_AWS_REGION", "eu-central-1")
+    assert Settings.from_environment().region == "eu-central-1"
