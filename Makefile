@@ -4,7 +4,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV := .venv
 BIN := $(VENV)/bin
 RUN_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-WORKERS ?= 2
+# One more than the cores of a small machine: the end-to-end tests wait for daemons and servers much of the time.
+WORKERS ?= 3
 
 # Where images go and what they are called: REPOSITORY/serving:TAG and so on (deploy/images/README.md).
 REPOSITORY ?= offer-assets

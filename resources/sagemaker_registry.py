@@ -122,6 +122,8 @@ class SageMakerRegistry(Tracking):
         reason: str,
         despite_gate: bool = False,
     ) -> RegisteredVersion:
+        # First what somebody may have decided in SageMaker meanwhile: then the same once more is a decision.
+        version = self._settled_with_package(self.inner.version_of(version.ref) or version)
         return self._settled_with_package(self.inner.decide(version, decision, by, reason, despite_gate))
 
     @override
@@ -225,11 +227,12 @@ def _is_newer_than(version: RegisteredVersion, details: PackageDetails) -> bool:
     if theirs == agreed or not details.modified_at:
         return False
     decision = version.decision
-    if status_of(version) == agreed or decision is None:
+    if decision is None:
         return True
     if not decision.at:
         # A tag set by hand in MLflow tells no time: where the order is not known, nothing is served.
-        return theirs == "Rejected"
+        return theirs == "Rejected" or status_of(version) == agreed
+    # Also where MLflow says what both agreed on: somebody may have decided the same once more, and later.
     return details.modified_at > decision.at
 
 

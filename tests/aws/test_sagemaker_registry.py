@@ -7,7 +7,7 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from resources.aws import forget_clients
@@ -391,6 +391,8 @@ STEPS = ["approved here", "rejected here", "Approved", "Rejected", "lost approve
 
 
 @given(steps=st.lists(st.tuples(st.sampled_from(STEPS), st.booleans()), min_size=1, max_size=6))
+@example(steps=[("approved here", False), ("Rejected", False), ("approved here", False)])
+@example(steps=[("rejected here", False), ("Approved", False), ("rejected here", False)])
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whatever_is_decided_where_both_end_with_the_newest(tracking, registry, stand_in, steps):
     """Here, in SageMaker, or here without reaching it; read in between or not."""
@@ -407,6 +409,9 @@ def test_whatever_is_decided_where_both_end_with_the_newest(tracking, registry, 
                 newest = step
         else:
             choice = step.split()[-1] if step.startswith("lost") else step.split()[0]
+            standing = tracking.inner.version_of(version.ref)
+            if step == "lost rejected" and standing.approval == "rejected":
+                continue  # MLflow keeps the first of equal rejections, and knows of no other
             tracker = tracking.inner if step.startswith("lost") else tracking
             tracker.decide(version, choice, "anna", "because")
             newest = choice.capitalize()

@@ -26,8 +26,9 @@ def _stand_in_stages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def instance():
-    with dg.DagsterInstance.ephemeral() as instance:
+def instance(tmp_path: Path):
+    # In files: one in memory refuses a thread that looks while another one writes.
+    with dg.DagsterInstance.local_temp(str(tmp_path / "dagster")) as instance:
         yield instance
 
 

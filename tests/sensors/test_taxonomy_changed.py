@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import itertools
 import shutil
+import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -634,7 +635,10 @@ def test_a_run_whose_process_was_killed_is_not_waited_for(
     (killed,) = serving.open_runs()
     with subprocess.Popen(["sleep", "60"]) as worker:
         tag, of_run = process_tag(killed.run_id)
-        process = {tag: f"{worker.pid} {started_at(worker.pid)}", of_run: killed.run_id}
+        process = {
+            tag: f"{worker.pid} {started_at(worker.pid)} {socket.gethostname()}",
+            of_run: killed.run_id,
+        }
         serving.instance.add_run_tags(killed.run_id, process)
         serving.set_status(killed.run_id, status)
         assert "is being followed" in reason(serving.tick())
