@@ -35,7 +35,7 @@ from tests.aws.jobs import IMAGE, LOCATION, compute_of, sagemaker_compute
 from tests.aws.stand_in import REGION, ServiceError, StandIn
 from tests.aws.stand_in_jobs import Job, JobRunner
 from tests.ml.tiny_models import TINY_TEACHER, tiny_encoder, tiny_inputs
-from tests.resources.compute_runs import Run, lines, lines_so_far, run_of, text_of
+from tests.resources.compute_runs import Run, instance_in, lines, lines_so_far, run_of, text_of
 from tests.resources.stand_in import STAND_INS
 
 pytestmark = pytest.mark.usefixtures("no_pauses")
@@ -50,8 +50,8 @@ def _stand_in_stages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def instance() -> Iterator[dg.DagsterInstance]:
-    with dg.DagsterInstance.ephemeral() as instance:
+def instance(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
+    with instance_in(tmp_path) as instance:
         yield instance
 
 

@@ -1,6 +1,8 @@
 """What tests of the compute door share: stages in real Dagster runs, and what people see of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -38,6 +40,15 @@ def lines(instance: dg.DagsterInstance) -> list[str]:
     """What people see in the log of the last run."""
     run_id = instance.get_runs(limit=1)[0].run_id
     return [event.user_message for event in instance.all_logs(run_id)]
+
+
+@contextmanager
+def instance_in(folder: Path) -> Iterator[dg.DagsterInstance]:
+    """An instance that a thread may look at while a run writes: one in memory would refuse either."""
+    place = folder / "dagster"
+    place.mkdir()
+    with dg.DagsterInstance.local_temp(str(place)) as instance:
+        yield instance
 
 
 def lines_so_far(instance: dg.DagsterInstance) -> list[str]:

@@ -15,7 +15,7 @@ from resources import compute as compute_module
 from resources.artifact_store import FolderArtifactStore
 from resources.atomic_files import only_one
 from resources.compute import LocalCompute
-from tests.resources.compute_runs import Run, lines_so_far, run_of
+from tests.resources.compute_runs import Run, instance_in, lines_so_far, run_of
 from tests.resources.stand_in import STAND_INS
 
 
@@ -27,8 +27,7 @@ def _stand_in_stages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def instance(tmp_path: Path):
-    # In files: one in memory refuses a thread that looks while another one writes.
-    with dg.DagsterInstance.local_temp(str(tmp_path / "dagster")) as instance:
+    with instance_in(tmp_path) as instance:
         yield instance
 
 
