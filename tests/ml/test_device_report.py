@@ -130,7 +130,7 @@ def test_an_endpoint_that_is_gone_fails_every_request():
     gone = _Endpoint()
     gone.close()
     latency = measure_latency(gone.url, lambda: b"{}", request_offers=10, rate=100, seconds=0.3)
-    assert latency.requests == latency.failed == 3
+    assert latency.requests == latency.failed >= 1  # on a busy machine fewer or more fall into the time
     assert (latency.p50_milliseconds, latency.offers_per_second) == (0.0, 0.0)
 
 
