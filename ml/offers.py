@@ -81,7 +81,7 @@ REASONS = {
 }
 """Why an offer is quarantined; a row gets all that apply, in this order, joined by commas."""
 
-TEXT_VERSION = "1"
+TEXT_VERSION = "2"
 """Version of :func:`offer_text`. Raise it with every change of what the function returns."""
 
 _TITLE_CHARACTERS = 200
@@ -92,6 +92,8 @@ _TEXT_CHARACTERS = 400
 _MAX_FIELD_CHARACTERS = 2_000
 """Nothing behind this many characters of a field can reach the text; saves work on huge ones."""
 _SEPARATOR = " | "
+_BAR, _INSTEAD_OF_BAR = "|", "/"
+"""Bars within a field give way, so that :func:`title_of` finds the end of the title."""
 
 _TAG = re.compile(r"</?[A-Za-z][^<>]*>")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b\ufeff\u00ad]")
@@ -128,9 +130,9 @@ def offer_text(offer: Mapping[str, Any]) -> str:
     """What a model reads of an offer; the one way to make it, in training, in bulk and at the endpoint.
 
     Title, brand (unless the title has it), shop category and description, joined by a bar, which
-    every subword vocabulary has as one token. HTML entities and tags are resolved, white space is
-    collapsed, control characters are dropped, each field and the whole are cut. An offer gives the
-    same text before and after cleaning.
+    every subword vocabulary has as one token; a bar within a field becomes a slash. HTML entities and
+    tags are resolved, white space is collapsed, control characters are dropped, each field and the
+    whole are cut. An offer gives the same text before and after cleaning.
 
     Args:
         offer: Values by column name; columns may be absent or null, others are ignored.
@@ -159,6 +161,11 @@ def offer_texts(table: pa.Table) -> list[str]:
     ]
 
 
+def title_of(text: str) -> str:
+    """The title in what :func:`offer_text` returned; of a text with none, its first field."""
+    return text.partition(_SEPARATOR)[0]
+
+
 def _text(title: str, brand: str, shop_category: str, description: str) -> str:
     title = _cut(title, _TITLE_CHARACTERS)
     folded = title.casefold()
@@ -184,6 +191,7 @@ def _field(value: Any) -> str:
         text = unicodedata.normalize("NFC", html.unescape(text))
     if "<" in text:
         text = _TAG.sub(" ", text)
+    text = text.replace(_BAR, _INSTEAD_OF_BAR)
     return " ".join(_CONTROL.sub(" ", text).split())
 
 

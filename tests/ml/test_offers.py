@@ -18,7 +18,16 @@ from hypothesis import strategies as st
 from ml import offers
 from ml.feed.reading import write_raw_offers
 from ml.feed.rows import FEED_COLUMN_NAMES
-from ml.offers import CLEAN_SCHEMA, FEED_COLUMNS, REASONS, offer_text, offer_texts, price_sql, write_offers
+from ml.offers import (
+    CLEAN_SCHEMA,
+    FEED_COLUMNS,
+    REASONS,
+    offer_text,
+    offer_texts,
+    price_sql,
+    title_of,
+    write_offers,
+)
 from ml.progress import Progress
 from ml.runner import StageContext
 from ml.stages import FeedFile, OffersParameters, RawOffersParameters
@@ -391,6 +400,13 @@ def test_what_the_title_says_is_not_said_again():
         "description": "acme KETTLE",
     }
     assert offer_text(offer) == "ACME Kettle | Home"
+
+
+@pytest.mark.parametrize("title", ["Boots | Size 42 | Shop", "Boots &#124; Size 42|Shop", "Boots"])
+def test_the_title_can_be_told_from_the_rest_of_the_text(title):
+    text = offer_text({"title": title, "shop_category": "Shoes | Boots", "description": "a|b"})
+    assert title_of(text) == offer_text({"title": title})
+    assert text.count(" | ") == 2
 
 
 @pytest.mark.parametrize("offer", [{}, {"title": None}, {"title": " \x00 ", "brand": ""}])
