@@ -285,12 +285,18 @@ class StudentParameters(Parameters, frozen=True, kw_only=True):
 class FastModelParameters(Parameters, frozen=True, kw_only=True):
     """Parameters of ``fast_checkpoint``."""
 
-    max_features: Annotated[Count, Meta(description="n-grams kept, the most frequent first.")] = 60_000
-    regularisation: Annotated[float, Meta(gt=0, description="C of the linear support vector machine.")] = 1.0
+    max_features: Annotated[
+        Count,
+        Meta(description="n-grams kept of titles, and as many of whole texts, the most frequent first."),
+    ] = 100_000
+    regularisation: Annotated[float, Meta(gt=0, description="C of the linear support vector machines.")] = 2.0
     pseudo_label_confidence: Annotated[
         Share,
         Meta(description="Unlabelled offers of which the teacher is this sure are trained on too; 1: none."),
     ] = 0.9
+    label_weight: Annotated[
+        Share, Meta(description="Weight of labels on labelled offers; the teacher's word gets the rest.")
+    ] = 1.0
     seed: Seed = 17
 
 
@@ -557,7 +563,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="fast_checkpoint",
-        version="2",
+        version="3",
         summary="Train the traditional model: n-grams and a linear classifier.",
         entry_point="ml.learning.fast_model:train_fast_model",
         parameters=FastModelParameters,

@@ -41,11 +41,12 @@ from ml.evaluation.metrics import (
 )
 from ml.learning.devices import use_available_cores
 from ml.learning.encoder import Classifier
+from ml.learning.encoder import Classifier
 from ml.learning.ensemble import Teacher
-from ml.learning.fast_model import FastModel
 from ml.offers import TEXT_VERSION
 from ml.runner import StageContext
 from ml.sampling.label_sources import WEAK
+from ml.serving.fast_model import FastModel
 from ml.serving.predictor import Predictor
 from ml.stages import EvaluationParameters
 from ml.taxonomy import TAXONOMY_FILE, Taxonomy

@@ -58,9 +58,14 @@ class TeacherLabels(msgspec.Struct, frozen=True):
     @property
     def confidence(self) -> NDArray[np.float32]:
         """Probability of the most likely class, (offers,)."""
+        return self.probabilities[:, 0]
+
+    @property
+    def probabilities(self) -> NDArray[np.float32]:
+        """Probabilities of the classes in ``top_indices``, (offers, k)."""
         outcomes = np.concatenate([self.top_logits, self.tail_logsumexp[:, None]], axis=1)
-        highest = outcomes[:, :1]
-        result: NDArray[np.float32] = 1.0 / np.exp(outcomes - highest).sum(axis=1)
+        exponentials = np.exp(outcomes - outcomes[:, :1])
+        result: NDArray[np.float32] = exponentials[:, :-1] / exponentials.sum(axis=1, keepdims=True)
         return result
 
 
