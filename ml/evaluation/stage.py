@@ -41,7 +41,6 @@ from ml.evaluation.metrics import (
 )
 from ml.learning.devices import use_available_cores
 from ml.learning.encoder import Classifier
-from ml.learning.encoder import Classifier
 from ml.learning.ensemble import Teacher
 from ml.offers import TEXT_VERSION
 from ml.runner import StageContext
