@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ml.errors import InputError
-from ml.learning import hyperparameter_search, search_space
+from ml.learning import hyperparameter_search, search_space, training
 from ml.learning.search_space import SPACES, STAGE_OF, Choice, Range, space_of
 from ml.learning.training_data import read_labelled
 from ml.progress import Progress
@@ -268,6 +268,37 @@ def test_a_teacher_is_searched_for_real_and_a_curve_is_kept(tmp_path: Path) -> N
     assert [step for step, _ in first["curve"]] == [50, 100]
     for trial in (first, second):
         assert 0 < trial["mean_weighted_f1"] <= 1
+
+
+def test_a_real_training_that_was_killed_between_epochs_goes_on_with_its_whole_curve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = tiny_inputs(tmp_path)
+    parameters = {
+        "model": "teacher",
+        "encoder": str(tiny_encoder(tmp_path / "encoder")),
+        "fixed": TINY_TEACHER | {"epochs": 3},
+        "trials": 1,
+    }
+    save, said = training.save_checkpoint, list[str]()
+
+    def killed_after_the_first(*given: Any) -> None:
+        save(*given)
+        raise KeyboardInterrupt
+
+    def search(name: str) -> Any:
+        spec = stage_spec("hyperparameter_search", inputs, parameters, tmp_path / name)
+        run_stage(spec, Progress(name, said.append))
+        return without_times(json.loads((tmp_path / name / "trials.json").read_text()))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save_checkpoint", killed_after_the_first)
+        with pytest.raises(KeyboardInterrupt):
+            search("killed")
+    resumed = search("killed")
+    assert any("resumed from the checkpoint at step 6" in line for line in said)
+    assert resumed == search("whole")
+    assert [step for step, _ in resumed[0]["curve"]] == [33, 67, 100]
 
 
 def test_student_and_fast_model_are_searched_for_real(tmp_path: Path) -> None:
