@@ -18,6 +18,8 @@ _INCHES_WIDE = 7.0
 _DOTS_PER_INCH = 130
 _LEAST_AREA, _LARGEST_AREA = 30.0, 400.0
 _PANELS_PER_ROW = 3
+_MOST_TICKS = 6
+"""So many whole numbers get a tick each; of more, or of others, matplotlib chooses."""
 
 
 def comparison_plot(rows: Sequence[Mapping[str, Any]]) -> bytes:
@@ -76,14 +78,14 @@ def history_plot(trials: Sequence[Mapping[str, Any]]) -> bytes:
     finished = [trial for trial in trials if trial["mean_weighted_f1"] is not None]
     pruned = [t for t in trials if t["state"] == "pruned" and t["last_weighted_f1"] is not None]
     axes.plot(
-        [trial["number"] for trial in finished],
+        [trial["number"] + 1 for trial in finished],
         [trial["mean_weighted_f1"] for trial in finished],
         "o",
         color=_CHOSEN,
         label="finished",
     )
     axes.plot(
-        [trial["number"] for trial in pruned],
+        [trial["number"] + 1 for trial in pruned],
         [trial["last_weighted_f1"] for trial in pruned],
         "x",
         color=_OTHER,
@@ -95,13 +97,14 @@ def history_plot(trials: Sequence[Mapping[str, Any]]) -> bytes:
         best = max(best, trial["mean_weighted_f1"])
         steps.append(best)
     axes.step(
-        [trial["number"] for trial in finished],
+        [trial["number"] + 1 for trial in finished],
         steps,
         where="post",
         color=_LINE,
         linewidth=1,
         label="best so far",
     )
+    axes.locator_params(axis="x", integer=True)
     axes.set(xlabel="trial", ylabel="mean weighted F1 on validation offers")
     axes.set_title("How the search went", fontsize=10, color=_INK)
     _tidy(axes)
@@ -137,6 +140,10 @@ def slice_plot(
             )
         if is_logarithmic:
             axes.set_xscale("log")
+        values = sorted({trial["parameters"][name] for trial in finished})
+        if all(isinstance(value, int) for value in values) and len(values) <= _MOST_TICKS:
+            axes.set_xticks(values, [f"{value:,}" for value in values])
+            axes.minorticks_off()
         axes.set_xlabel(name)
         _tidy(axes)
     for axes in panels[len(parameters) :]:
