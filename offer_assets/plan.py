@@ -144,7 +144,7 @@ class TrainingPlan(dg.ConfigurableResource):
             raise InputError("no encoder to compare: name some in encoders or OFFER_ASSETS_ENCODERS_COMPARED")
         return EncoderComparisonParameters(
             encoders=[_compared(text) for text in chosen],
-            training=_without_encoder("teacher", self.teacher()),
+            training=_relevant("teacher", self.teacher(), "encoder", "encoder_digest", "ensemble"),
             machine=this_machine().description,
             attempt=attempt,
         )
@@ -167,7 +167,7 @@ class TrainingPlan(dg.ConfigurableResource):
         }
         return HyperparameterSearchParameters(
             model=model,
-            fixed=_without_encoder(model, set_now),
+            fixed=_relevant(model, set_now, "encoder", "encoder_digest"),
             searched=list(searched),
             trials=trials,
             budget_seconds=float(minutes * 60),  # as the runner reads it: part of the key
@@ -204,10 +204,10 @@ def _compared(text: str) -> ComparedEncoder:
     return ComparedEncoder(encoder=encoder, layers=layers, digest=digest)
 
 
-def _without_encoder(model: str, parameters: Parameters) -> dict[str, Any]:
-    """What decides how a model comes out, but for its encoder."""
+def _relevant(model: str, parameters: Parameters, *without: str) -> dict[str, Any]:
+    """What decides how a model comes out, but for parameters that are given otherwise."""
     relevant = relevant_parameters(STAGES[STAGE_OF[model]], parameters)
-    return {name: value for name, value in relevant.items() if name not in ("encoder", "encoder_digest")}
+    return {name: value for name, value in relevant.items() if name not in without}
 
 
 class RetrainPolicy(dg.ConfigurableResource):

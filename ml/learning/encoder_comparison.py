@@ -1,6 +1,7 @@
 """Stage ``encoder_comparison``: several encoders, trained alike, held against each other.
 
-Each is trained as the teacher is. Quality is that on the training sample's validation offers: the
+Each is trained as the teacher is, and answers alone: a linear model beside it would hide a part of the
+differences. Quality is that on the training sample's validation offers: the
 evaluation set decides about releases, and would no longer be fresh if encoders were chosen by it.
 Throughput is that of one thread in full precision: what a compiled model makes of it differs, but the
 order of the encoders hardly does. A finished encoder is kept if the stage is killed.
@@ -37,6 +38,8 @@ from ml.stages import STAGES, ComparedEncoder, EncoderComparisonParameters, Teac
 from ml.taxonomy import Taxonomy
 
 _TEACHER = STAGES["teacher_checkpoint"]
+_OWN = {"encoder", "encoder_digest", "ensemble"}
+"""Parameters of the teacher that a comparison sets itself."""
 _TIMED_STEPS = 3
 _PASSES = 3
 _TIMED_BATCH = 32
@@ -130,10 +133,12 @@ def with_front(rows: Sequence[EncoderRow]) -> list[EncoderRow]:
 
 
 def _task(context: StageContext, parameters: EncoderComparisonParameters) -> _Task:
-    if reserved := {"encoder", "encoder_digest"} & parameters.training.keys():
-        raise InputError(f"training names {', '.join(sorted(reserved))}: name encoders in encoders")
+    if reserved := _OWN & parameters.training.keys():
+        raise InputError(
+            f"training names {', '.join(sorted(reserved))}: name encoders in encoders; they answer alone"
+        )
     taxonomy_folder, sample = context.input("catalog_taxonomy"), context.input("training_sample")
-    teacher = parameters_of(_TEACHER, parameters.training)
+    teacher = parameters_of(_TEACHER, parameters.training | {"ensemble": False})
     assert isinstance(teacher, TeacherParameters)
     return _Task(
         taxonomy=Taxonomy.load(taxonomy_folder),

@@ -47,7 +47,8 @@ from ml.taxonomy import Taxonomy
 
 if TYPE_CHECKING:
     from ml.learning.encoder import Classifier
-    from ml.learning.fast_model import FastModel
+    from ml.learning.ensemble import Teacher
+    from ml.serving.fast_model import FastModel
 
 _WATCHED = "validation_weighted_f1"
 """The figure of a learning curve by which a trial is given up."""
@@ -108,6 +109,7 @@ class _TrialProgress(Progress):
         self._trial = trial
         self._epochs = epochs
         self._name = name
+        self._is_trained = False
 
     def say(self, message: str) -> None:
         """One line, marked with the trial."""
@@ -122,9 +124,10 @@ class _TrialProgress(Progress):
         Raises:
             TrialPruned: at this share of the way, half of the trials before were better.
         """
-        if _WATCHED not in point:
+        if _WATCHED not in point or self._is_trained:  # a second training, on guesses, is not watched
             return
         percent = round(100 * point["epoch"] / self._epochs)
+        self._is_trained = percent >= 100
         self._trial.report(float(point[_WATCHED]), percent)
         if percent < 100 and self._trial.should_prune():
             raise TrialPruned
@@ -326,14 +329,18 @@ def _distribution(candidate: Range | Choice) -> BaseDistribution:
     return FloatDistribution(candidate.low, candidate.high, log=candidate.logarithmic)
 
 
-def _loaded(model: str, folder: Path) -> Classifier | FastModel:
+def _loaded(model: str, folder: Path) -> Teacher | Classifier | FastModel:
     if model == "fast":
-        from ml.learning.fast_model import FastModel
+        from ml.serving.fast_model import FastModel
 
         return FastModel.load(folder)
-    from ml.learning.encoder import Classifier
+    if model == "student":
+        from ml.learning.encoder import Classifier
 
-    return Classifier.load(folder)
+        return Classifier.load(folder)
+    from ml.learning.ensemble import Teacher
+
+    return Teacher.load(folder)
 
 
 def _searched(trial: FrozenTrial, number: int) -> SearchedTrial:

@@ -88,6 +88,7 @@ SPACES: dict[str, Space] = {
         "regularisation": Range(low=0.05, high=20.0, logarithmic=True),
         "max_features": Range(low=20_000, high=300_000, logarithmic=True),
         "pseudo_label_confidence": Range(low=0.5, high=1.0),
+        "label_weight": Range(low=0.0, high=1.0),
     },
 }
 

@@ -68,7 +68,10 @@ def test_every_encoder_has_its_figures_and_layers_make_candidates_of_one(bench):
 def test_quality_is_the_teachers_own_on_the_same_validation_offers(bench):
     (row,) = bench.compare({"encoder": bench.encoder})
     _, teacher = make(
-        "teacher_checkpoint", bench.inputs, TRAINING | {"encoder": bench.encoder}, bench.folder / "teacher"
+        "teacher_checkpoint",
+        bench.inputs,
+        TRAINING | {"encoder": bench.encoder, "ensemble": False},
+        bench.folder / "teacher",
     )
     assert row["accuracy"] == teacher.metrics["validation_accuracy"]
     assert row["parameters"] == teacher.metrics["parameters"]

