@@ -300,6 +300,73 @@ class FastModelParameters(Parameters, frozen=True, kw_only=True):
     seed: Seed = 17
 
 
+class ComparedEncoder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One candidate of ``encoder_comparison``."""
+
+    encoder: str
+    """``packaged-minilm``, a hub id, a local folder or a URI."""
+    layers: Annotated[int, Meta(ge=0)] = 0
+    """Encoder layers kept, spread evenly over the original's; 0: all."""
+    digest: str = ""
+    """SHA-256 of the encoder's weights; empty: not checked."""
+
+    @property
+    def name(self) -> str:
+        """As settings and the launchpad write it: ``packaged-minilm:3``."""
+        return f"{self.encoder}:{self.layers}" if self.layers else self.encoder
+
+
+class EncoderComparisonParameters(Parameters, frozen=True, kw_only=True):
+    """Parameters of ``encoder_comparison``."""
+
+    encoders: Annotated[
+        list[ComparedEncoder],
+        Meta(min_length=1, description="Encoders to compare (encoder, layers, digest)."),
+    ]
+    training: Annotated[
+        dict[str, Any],
+        Meta(description="Parameters of teacher_checkpoint with which each is trained, but for the encoder."),
+    ] = {}
+    machine: Annotated[
+        str,
+        Meta(
+            description="What it is measured on; must be this machine. Empty: any. Others have other speeds."
+        ),
+    ] = ""
+    timed_offers: Annotated[Count, Meta(description="Offer texts whose prediction is timed.")] = 256
+    attempt: Annotated[Count, Meta(description="Another number measures again what did not change.")] = 1
+
+
+class HyperparameterSearchParameters(Parameters, frozen=True, kw_only=True):
+    """Parameters of ``hyperparameter_search``."""
+
+    model: Annotated[
+        Literal["teacher", "student", "fast"], Meta(description="Whose parameters are searched.")
+    ]
+    encoder: Annotated[
+        str, Meta(description="Encoder of teacher or student, as there; the fast model has none.")
+    ] = "packaged-minilm"
+    encoder_digest: Annotated[
+        str, Meta(description="SHA-256 of the encoder's weights; empty: not checked.")
+    ] = ""
+    fixed: Annotated[
+        dict[str, Any],
+        Meta(description="Parameters of the model as they are set; the first trial has them all."),
+    ] = {}
+    searched: Annotated[
+        list[str],
+        Meta(description="Names of the parameters that vary; none: those that the search space proposes."),
+    ] = []
+    trials: Annotated[Count, Meta(description="Trials at most, those that are given up early counted.")] = 20
+    budget_seconds: Annotated[
+        float, Meta(ge=0, description="No trial begins once the trials took so long together; 0: no limit.")
+    ] = 3_600.0
+    startup_trials: Annotated[
+        Count, Meta(description="Trials that are drawn at random and finished, before the search learns.")
+    ] = 5
+    seed: Seed = 17
+
+
 class EvaluationParameters(Parameters, frozen=True, kw_only=True):
     """Parameters of ``student_evaluation``."""
 
@@ -578,6 +645,25 @@ _CATALOGUE = (
         parameters=StudentParameters,
         inputs=("training_sample", "teacher_labels", "teacher_checkpoint", "catalog_taxonomy"),
         optional_inputs=("warm_start", "taxonomy_change"),
+        heavy=True,
+    ),
+    Stage(
+        name="encoder_comparison",
+        version="1",
+        summary="Train several encoders alike and compare quality, throughput and size.",
+        entry_point="ml.learning.encoder_comparison:compare_encoders",
+        parameters=EncoderComparisonParameters,
+        inputs=("training_sample", "catalog_taxonomy"),
+        heavy=True,
+    ),
+    Stage(
+        name="hyperparameter_search",
+        version="1",
+        summary="Search for better parameters of teacher, student or fast model.",
+        entry_point="ml.learning.hyperparameter_search:search_hyperparameters",
+        parameters=HyperparameterSearchParameters,
+        inputs=("training_sample", "catalog_taxonomy"),
+        optional_inputs=("teacher_checkpoint", "teacher_labels"),
         heavy=True,
     ),
     Stage(

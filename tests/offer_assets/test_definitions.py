@@ -22,6 +22,7 @@ HEAVY = (
     "onnxruntime",
     "sklearn",
     "matplotlib",
+    "optuna",
 )
 
 UPSTREAM = {
@@ -39,6 +40,8 @@ UPSTREAM = {
     "teacher_labels": {"teacher_checkpoint", "training_sample"},
     "fast_checkpoint": {"training_sample", "teacher_labels", "taxonomy_change"},
     "student_checkpoint": {"training_sample", "teacher_labels", "teacher_checkpoint", "taxonomy_change"},
+    "encoder_comparison": {"training_sample"},
+    "hyperparameter_search": {"training_sample", "teacher_labels"},
     "student_evaluation": {
         "evaluation_set",
         "taxonomy_change",
