@@ -282,6 +282,27 @@ class CompileParameters(Parameters, frozen=True, kw_only=True):
         str,
         Meta(description="Version of torch-neuronx that has to compile; empty: whichever is there."),
     ] = ""
+    max_loss: Annotated[
+        float,
+        Meta(
+            gt=0,
+            lt=1,
+            description="Accuracy that the fast model's answers may cost against asking the student about "
+            "every offer, kept with 95 % confidence.",
+        ),
+    ] = 0.01
+    min_precision: Annotated[
+        float,
+        Meta(
+            gt=0,
+            lt=1,
+            description="Share of right answers among those not marked for review, with 95 % confidence.",
+        ),
+    ] = 0.9
+    country_offers: Annotated[
+        Count,
+        Meta(description="Validation offers from which on a country has a threshold of its own."),
+    ] = 1_000
 
 
 class RenamedStudentParameters(Parameters, frozen=True, kw_only=True):
@@ -560,11 +581,17 @@ _CATALOGUE = (
     ),
     Stage(
         name="compiled_student",
-        version="1",
-        summary="Compile the student for a target and compare it with the original.",
+        version="2",
+        summary="Compile the student for a target, put the fast model before it, compare with the original.",
         entry_point="ml.serving.compilation:compile_student",
         parameters=CompileParameters,
-        inputs=("student_checkpoint", "evaluation_set", "catalog_taxonomy"),
+        inputs=(
+            "student_checkpoint",
+            "fast_checkpoint",
+            "training_sample",
+            "evaluation_set",
+            "catalog_taxonomy",
+        ),
         heavy=True,
     ),
     Stage(
