@@ -360,12 +360,6 @@ class DriftReferenceParameters(Parameters, frozen=True, kw_only=True):
     max_offers: Annotated[
         Count, Meta(description="The same of all days together; with more days each gives fewer.")
     ] = 30_000
-    escalate_below: Annotated[
-        Share, Meta(description="An offer of which the fast model is less sure goes to the student.")
-    ] = 0.8
-    review_below: Annotated[
-        Share, Meta(description="An offer of which the student is less sure goes to a person.")
-    ] = 0.5
     seed: Seed = 17
 
 
@@ -621,7 +615,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="transform_input",
-        version="1",
+        version="2",
         summary="Prepare a day's clean offers for a bulk job, without those that captured answers cover.",
         entry_point="ml.serving.transform_input:write_transform_input",
         parameters=TransformInputParameters,
@@ -629,7 +623,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="catalogued_offers",
-        version="1",
+        version="2",
         summary="Catalogue the clean offers of a day through the endpoint.",
         entry_point="ml.serving.cataloguing:catalogue_offers",
         parameters=CataloguedOffersParameters,
@@ -638,7 +632,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="drift_reference",
-        version="1",
+        version="2",
         summary="Measure what is usual on the days that the serving model was trained on.",
         entry_point="ml.drift.reference:write_drift_reference",
         parameters=DriftReferenceParameters,
@@ -649,7 +643,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="drift_report",
-        version="2",
+        version="3",
         summary="Hold a day of catalogued offers against the reference, question by question.",
         entry_point="ml.drift.report:write_drift_report",
         parameters=DriftParameters,
@@ -668,7 +662,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="live_quality",
-        version="1",
+        version="2",
         summary="Measure the categories that were given against what people decided later.",
         entry_point="ml.quality.live:write_live_quality",
         parameters=LiveQualityParameters,

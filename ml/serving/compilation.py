@@ -41,9 +41,6 @@ from ml.serving.parity import compare, evaluation_sample
 from ml.stages import CompileParameters
 from ml.taxonomy import TAXONOMY_FILE, Taxonomy
 
-REFERENCE = "reference_"
-"""Before the metrics of a model that cannot run where it was compiled: they are its reference's."""
-
 
 def compile_student(context: StageContext, parameters: CompileParameters) -> dict[str, Any]:
     """Stage ``compiled_student``: compile, choose the cascade, hold the result against the original.
@@ -101,7 +98,7 @@ def compile_student(context: StageContext, parameters: CompileParameters) -> dic
             f"{neuron.DEVICE_FAMILY} host computes is not known here: run python -m ml device-report there, "
             f"{megabytes}"
         )
-        of_reference = {REFERENCE + name: measured[name] for name in measured}
+        of_reference = {neuron.REFERENCE + name: measured[name] for name in measured}
         return {"device_parity": "not measured", **of_reference, **chosen, **sizes}
     context.progress.say(
         f"same category on {found['same_category']:.1%}, {found['offers_per_second']:,.0f} offers/s "
