@@ -205,8 +205,8 @@ def cascade_keeps_the_student(metrics: Mapping[str, Any], limits: GateLimits) ->
         value=loss,
         limit=stated,
         sentence=f"The fast model answers {fast:.1%} of {offers:,.0f} offers, {review:.1%} are marked for "
-        f"review; accuracy differs by {-loss:+.4f} from the student's alone (a loss beyond {stated:.4f} that is not "
-        "chance is too much).",
+        f"review; accuracy differs by {-loss:+.4f} from the student's alone (a loss beyond {stated:.4f} "
+        "that is not chance is too much).",
     )
 
 
