@@ -78,6 +78,7 @@ def build_defs(settings: Settings, **resource_overrides: Any) -> dg.Definitions:
             evaluation.student_is_not_worse_than_production,
             evaluation.no_segment_is_worse_than_production,
             compilation.compiled_matches_uncompiled,
+            compilation.cascade_keeps_the_student,
             benchmark.an_instance_meets_latency_and_peak_load,
             release.endpoint_answers,
             release.endpoint_answers_the_same,

@@ -30,7 +30,7 @@ OUTPUT_SCHEMA = PREDICTION_SCHEMA.append(pa.field("problem", pa.string()))
 
 _BATCH_OFFERS = 512
 _ROW_GROUP_OFFERS = 65_536
-_FEED_COLUMNS = ("offer_id", *TEXT_COLUMNS, "problem")
+_FEED_COLUMNS = ("offer_id", *TEXT_COLUMNS, "country", "problem")
 _PROBLEMS_SHOWN = 5
 
 
