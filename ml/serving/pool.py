@@ -39,6 +39,13 @@ Batch = Sequence[Mapping[str, Any]]
 class WorkerError(Exception):
     """Worker processes ended though they had work to do."""
 
+    def __init__(self, how: str) -> None:
+        super().__init__(
+            f"{how}; its own output says why, signal 9 mostly means that memory ran out: run again with "
+            "fewer workers"
+        )
+        self.how = how
+
 
 class _Greeting(msgspec.Struct):
     """First message of a worker: it is ready, or it cannot be and why."""
@@ -115,7 +122,7 @@ class PredictorPool:
             try:
                 return worker.predict(batch)
             except WorkerError as error:
-                _logger.warning("%s; another takes its place", error)
+                _logger.warning("%s; another takes its place", error.how)
                 worker = self._replace(worker)
                 return worker.predict(batch)
         finally:
@@ -176,10 +183,7 @@ class _Worker:
     def _death(self) -> WorkerError:
         status = self.process.wait()
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-        return WorkerError(
-            f"a predictor process ({self.process.pid}) {how}; its own output says why, signal 9 mostly "
-            "means that memory ran out: run again with fewer workers"
-        )
+        return WorkerError(f"a predictor process ({self.process.pid}) {how}")
 
 
 def _write_frame(stream: BinaryIO | Any, payload: bytes) -> None:
