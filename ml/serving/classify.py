@@ -186,8 +186,7 @@ def model_folder(model: str) -> Path:
     """
     if model != "current":
         return Path(model)
-    settings = {**dotenv_values(".env"), **os.environ}
-    home = Path(settings.get("OFFER_ASSETS_HOME") or ".offer_assets").expanduser()
+    home = pipeline_home()
     pointers = sorted(home.glob("pointers/*/offer_endpoint.json"), key=lambda file: file.stat().st_mtime)
     if not pointers:
         raise InputError(
@@ -201,6 +200,12 @@ def model_folder(model: str) -> Path:
         raise InputError(f"--model current: {path} cannot be read: {error}; give a folder instead") from None
     # by kind and key, not by the stored URI: the home may have been moved
     return home / "artifacts" / deployed.kind / deployed.key
+
+
+def pipeline_home() -> Path:
+    """``OFFER_ASSETS_HOME`` of the environment or of ``.env``, or its default."""
+    settings = {**dotenv_values(".env"), **os.environ}
+    return Path(settings.get("OFFER_ASSETS_HOME") or ".offer_assets").expanduser()
 
 
 def _files_of(feed: str) -> list[str]:
