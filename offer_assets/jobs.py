@@ -23,6 +23,7 @@ CATALOGUE_DAY = "catalogue_day"
 PROCESS_DAY = "process_day"
 MEASURE_QUALITY = "measure_quality"
 BENCHMARK_SERVING = "benchmark_serving"
+EXPLAIN_MISTAKES = "explain_mistakes"
 
 _WEEKS_LOOKED_AT = 4
 """An outage of the whole feed is noticed for so long; a feed of workdays is expected on workdays only."""
@@ -115,6 +116,13 @@ benchmark_serving = dg.define_asset_job(
     "and say which instance serves the peak load at the least cost. By hand: no release waits for it.",
 )
 
+explain_mistakes = dg.define_asset_job(
+    EXPLAIN_MISTAKES,
+    selection=dg.AssetSelection.assets("mistakes_explained"),
+    description="Say which words and which labelled offers led to the student's most confident mistakes. By "
+    "hand: no release waits for it.",
+)
+
 JOBS = [
     adopt_taxonomy,
     refresh_names,
@@ -126,6 +134,7 @@ JOBS = [
     process_day,
     measure_quality,
     benchmark_serving,
+    explain_mistakes,
 ]
 
 

@@ -55,6 +55,7 @@ _DEFAULTS: dict[str, JobMachines] = {
     "teacher_labels": JobMachines(instance_type=_GPU, max_hours=12),
     "student_checkpoint": JobMachines(instance_type=_GPU, max_hours=24),
     "student_evaluation": JobMachines(instance_type=_GPU),
+    "mistakes_explained": JobMachines(instance_type=_GPU),
     "migrated_labels": JobMachines(instance_type=_GPU),
     "taxonomy_change": JobMachines(instance_type=_GPU),
     "compiled_student": JobMachines(instance_type="ml.c7i.2xlarge", spot=False, max_hours=2),

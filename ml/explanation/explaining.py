@@ -145,13 +145,13 @@ class Explainer:
             offer_id=None if offer_id is None else str(offer_id),
             text=text,
             category_id=chosen,
-            category_path=self._path(chosen),
+            category_path=self.path(chosen),
             confidence=float(reading.probabilities[reading.label]),
             model_version=self._model_version,
             alternatives=[
                 Alternative(
                     self._model.labels[place],
-                    self._path(self._model.labels[place]),
+                    self.path(self._model.labels[place]),
                     float(reading.probabilities[place]),
                 )
                 for place in best
@@ -159,11 +159,12 @@ class Explainer:
             ][:_ALTERNATIVES],
             words=reading.words,
             similar=[
-                SimilarAndPath(**msgspec.structs.asdict(found), category_path=self._path(found.category_id))
+                SimilarAndPath(**msgspec.structs.asdict(found), category_path=self.path(found.category_id))
                 for found in self._offers.most_similar(vector, similar)
             ],
             fast_words=list(self._fast.word_contributions(text, chosen)) if self._fast else [],
         )
 
-    def _path(self, category_id: str) -> str:
+    def path(self, category_id: str) -> str:
+        """What people call a category; the id of one that the taxonomy lacks."""
         return self._taxonomy.path(category_id) if category_id in self._taxonomy else category_id

@@ -87,16 +87,22 @@ def as_markdown(explanation: Explanation, *, true_path: str | None = None) -> st
     )
 
 
-def as_page(explanations: Sequence[Explanation]) -> str:
-    """One HTML page, complete in itself: each offer's text with coloured words, and its similar offers."""
-    sections = "\n".join(map(_section, explanations))
+def as_page(explanations: Sequence[Explanation], true_paths: Sequence[str] = ()) -> str:
+    """One HTML page, complete in itself: each offer's text with coloured words, and its similar offers.
+
+    Args:
+        explanations: In the order of the page.
+        true_paths: The right category of each, where the explained ones are mistakes.
+    """
+    wrong: Sequence[str | None] = true_paths or [None] * len(explanations)
+    sections = "\n".join(map(_section, explanations, wrong))
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>Why this category</title>"
         f"<style>{_STYLE}</style></head><body>\n{sections}\n</body></html>\n"
     )
 
 
-def _section(explanation: Explanation) -> str:
+def _section(explanation: Explanation, true_path: str | None) -> str:
     strongest = _strongest(explanation.words)
 
     def coloured(word: Word) -> str:
@@ -120,6 +126,7 @@ def _section(explanation: Explanation) -> str:
     return (
         f"<section><p>{_marked(explanation, coloured, html.escape)}</p>\n"
         f"<p><b>{html.escape(explanation.category_path)}</b> {explanation.confidence:.1%}"
+        f"{'' if true_path is None else f', labelled <b>{html.escape(true_path)}</b>'}"
         f"{'; next: ' + others if others else ''}<br>model {html.escape(explanation.model_version)}; green "
         "words speak for the category, red underlined ones against it: the stronger, the more its "
         f"log-probability changes without them</p>\n<h2>{html.escape(_similar_headline(explanation))}</h2>\n"

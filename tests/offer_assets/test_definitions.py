@@ -47,6 +47,7 @@ UPSTREAM = {
         "fast_checkpoint",
         "training_sample",
     },
+    "mistakes_explained": {"student_evaluation", "evaluation_set", "student_checkpoint", "training_sample"},
     "compiled_student": {"student_checkpoint", "evaluation_set", "taxonomy_change"},
     "serving_benchmark": {"compiled_student"},
     "model_version": {"student_evaluation", "compiled_student", "taxonomy_change"},
