@@ -35,7 +35,7 @@ def as_text(explanation: Explanation) -> str:
             for other in explanation.alternatives
         ),
         "",
-        "words: change of the category's log-probability by each (+ speaks for it)",
+        "words: change of the category's log-odds by each (+ speaks for it)",
     ]
     width = max((len(word.word) for word in explanation.words), default=0)
     strongest = _strongest(explanation.words)
@@ -129,7 +129,7 @@ def _section(explanation: Explanation, true_path: str | None) -> str:
         f"{'' if true_path is None else f', labelled <b>{html.escape(true_path)}</b>'}"
         f"{'; next: ' + others if others else ''}<br>model {html.escape(explanation.model_version)}; green "
         "words speak for the category, red underlined ones against it: the stronger, the more its "
-        f"log-probability changes without them</p>\n<h2>{html.escape(_similar_headline(explanation))}</h2>\n"
+        f"log-odds change without them</p>\n<h2>{html.escape(_similar_headline(explanation))}</h2>\n"
         "<table><tr><th>similarity</th><th>labelled</th><th>offer</th><th>shop</th><th>id</th></tr>\n"
         f"{rows}</table></section>"
     )

@@ -5,6 +5,9 @@ Fergus, "Visualizing and Understanding Convolutional Networks", 2014; for words 
 "Understanding Neural Networks through Representation Erasure", 2016). It asks nothing of a model but its
 probabilities, so a compiled one is explained as it answers. Words that say the same thing twice cover for
 each other: either alone seems to matter little.
+
+Effects are changes of the log-odds, log p / (1 - p): the log-probability of a category that a model is sure of
+stays 0 whatever word is missing.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from numpy.typing import NDArray
 
 _WORD = re.compile(r"[^\s|]\S*")
 _SEPARATOR = " | "
-_LEAST_PROBABILITY = 1e-12
+_LEAST_PROBABILITY = 1e-30
 """float32 probabilities end in 0; their logarithm must not."""
 
 
@@ -41,8 +44,8 @@ class Word(msgspec.Struct, frozen=True):
     start: int
     """Its first character in the text, from 0."""
     effect: float
-    """log p(category | text) - log p(category | text without this word), natural logarithm; positive: the
-    word speaks for the category."""
+    """Log-odds of the category given the text, minus those given the text without this word (natural
+    logarithm); positive: the word speaks for the category."""
 
 
 class Reading(msgspec.Struct, frozen=True):
@@ -67,16 +70,31 @@ def read_words(model: Model, text: str, label: str | None = None) -> Reading:
     Raises:
         ValueError: the model has no such label.
     """
-    places = [(match.start(), match.end()) for match in _WORD.finditer(text)]
+    places = [(found.start(), found.end()) for found in _WORD.finditer(text) if _is_word(found.group())]
     shortened = [_without(text, start, end) for start, end in places]
     probabilities = model.predict_probabilities([text, *shortened])
     chosen = int(probabilities[0].argmax()) if label is None else list(model.labels).index(label)
-    logs = np.log(probabilities[:, chosen].astype(np.float64).clip(min=_LEAST_PROBABILITY))
+    odds = _log_odds(probabilities, chosen)
     words = [
-        Word(text[start:end], start, float(logs[0] - log))
-        for (start, end), log in zip(places, logs[1:], strict=True)
+        Word(text[start:end], start, float(odds[0] - without))
+        for (start, end), without in zip(places, odds[1:], strict=True)
     ]
     return Reading(probabilities[0], chosen, words)
+
+
+def _log_odds(probabilities: NDArray[np.float32], label: int) -> NDArray[np.float64]:
+    """Of one label, (texts,). The rest is added up, for one minus a float32 near one is mostly zero."""
+    own = probabilities[:, label].astype(np.float64)
+    rest = np.delete(probabilities, label, axis=1).astype(np.float64).sum(axis=1)
+    odds: NDArray[np.float64] = np.log(own.clip(min=_LEAST_PROBABILITY)) - np.log(
+        rest.clip(min=_LEAST_PROBABILITY)
+    )
+    return odds
+
+
+def _is_word(text: str) -> bool:
+    """False for the signs between the levels of a shop's category."""
+    return any(map(str.isalnum, text))
 
 
 def _without(text: str, start: int, end: int) -> str:

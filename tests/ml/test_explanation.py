@@ -31,7 +31,7 @@ KETTLE = {"offer_id": "new", "title": "Bosch kettle 1.2 l red", "shop_category":
 
 
 class Bag:
-    """log p(first label) is the sum of its words' weights: what a word does is known exactly."""
+    """The log-odds of its first label are the sum of weights of words: what a word does is known exactly."""
 
     labels = ("first", "second")
 
@@ -40,8 +40,8 @@ class Bag:
 
     def predict_probabilities(self, texts):
         sums = [sum(self.weights.get(word, 0.0) for word in text.split()) for text in texts]
-        first = np.exp(np.array(sums, dtype=np.float64))
-        return np.stack([first, 1 - first], axis=1)
+        odds = np.exp(np.array(sums, dtype=np.float64))
+        return np.stack([odds / (1 + odds), 1 / (1 + odds)], axis=1).astype(np.float32)
 
 
 _WORDS = st.sampled_from(["a", "bb", "c-c", "1.7", "é", "dd"])
@@ -50,7 +50,7 @@ _WORDS = st.sampled_from(["a", "bb", "c-c", "1.7", "é", "dd"])
 @settings(max_examples=50, deadline=None)
 @given(
     fields=st.lists(st.lists(_WORDS, min_size=1, max_size=4), min_size=1, max_size=4),
-    weights=st.dictionaries(_WORDS, st.floats(-0.2, 0.0)),
+    weights=st.dictionaries(_WORDS, st.floats(-4.0, 4.0)),
 )
 def test_effects_are_what_the_words_did(fields, weights):
     text = " | ".join(" ".join(field) for field in fields)
@@ -58,9 +58,22 @@ def test_effects_are_what_the_words_did(fields, weights):
     assert [word.word for word in reading.words] == [word for field in fields for word in field]
     for word in reading.words:
         assert text[word.start : word.start + len(word.word)] == word.word
-        assert word.effect == pytest.approx(weights.get(word.word, 0.0), abs=1e-9)
-    total = math.log(reading.probabilities[0])
-    assert sum(word.effect for word in reading.words) == pytest.approx(total, abs=1e-6)
+        assert word.effect == pytest.approx(weights.get(word.word, 0.0), abs=1e-5)
+    total = sum(weights.get(word.word, 0.0) for word in reading.words)
+    assert sum(word.effect for word in reading.words) == pytest.approx(total, abs=1e-4)
+
+
+def test_signs_between_words_are_no_words():
+    assert [word.word for word in read_words(Bag({}), "a-b > 1.7 & | - x", "first").words] == [
+        "a-b",
+        "1.7",
+        "x",
+    ]
+
+
+def test_a_word_counts_however_sure_the_model_is():
+    (sure, _) = read_words(Bag({"sure": 40.0}), "sure thing", "first").words
+    assert sure.effect == pytest.approx(40.0, abs=1e-3)
 
 
 def test_a_word_is_left_out_as_if_it_had_never_been_written():
@@ -177,10 +190,15 @@ def test_the_compiled_model_is_explained_as_it_answers(compiled_root, compiled_s
     ]
     without = predictor.predict_probabilities([offer_text({**KETTLE, "title": "Bosch 1.2 l red"})])
     place = predictor.labels.index(answer.category_id)
-    expected = math.log(explanation.confidence) - math.log(without[0, place])
+    full = predictor.predict_probabilities([explanation.text])
+    expected = _log_odds(full[0], place) - _log_odds(without[0], place)
     assert {word.word: word.effect for word in explanation.words}["kettle"] == pytest.approx(
-        expected, abs=1e-4
+        expected, abs=1e-3
     )
+
+
+def _log_odds(probabilities, place):
+    return math.log(probabilities[place]) - math.log(sum(np.delete(probabilities, place)))
 
 
 def test_another_category_can_be_explained(explainer):
