@@ -24,8 +24,8 @@ import pyarrow.parquet as pq
 
 from benchmarks.report import save, show
 from ml.learning.encoder import Classifier
-from ml.learning.fast_model import FastModel
 from ml.offers import offer_text
+from ml.serving.fast_model import FastModel
 from ml.serving.pool import PredictorPool
 from ml.serving.predictor import Predictor
 from resources.environment import resources_for
