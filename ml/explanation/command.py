@@ -30,6 +30,7 @@ def main(arguments: Sequence[str]) -> None:
         options.sample,
         options.index or pipeline_home() / "explanations",
         model=model_folder(options.model) if options.model else None,
+        fast=options.fast,
         progress=Progress("explain"),
     )
     explanation = explainer.explain(offer, options.similar, options.category)
@@ -87,6 +88,9 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
         "--model",
         metavar="DIR",
         help="explain the answer of this compiled_student (or 'current') instead of the student's",
+    )
+    parser.add_argument(
+        "--fast", type=Path, metavar="DIR", help="show what this fast_checkpoint makes of each word beside"
     )
     parser.add_argument("--offer", metavar="JSON", help="columns of the offer by name")
     parser.add_argument("--offer-id", metavar="ID", help="an offer of --feed")

@@ -15,6 +15,7 @@ from ml.explanation.words import Model, Word, read_words
 from ml.learning.encoder import Classifier
 from ml.offers import offer_text
 from ml.progress import Progress
+from ml.serving.fast_model import FastModel
 from ml.serving.predictor import Alternative, Predictor, problem_of
 from ml.taxonomy import TAXONOMY_FILE, Taxonomy
 
@@ -23,6 +24,10 @@ _ALTERNATIVES = 3
 
 class LinearModel(Protocol):
     """A model whose margin for a label is a sum over words, such as the fast model's."""
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """Category ids that it knows."""
 
     def word_contributions(self, text: str, label: str) -> Sequence[tuple[str, float]]:
         """Words with their exact parts of the margin."""
@@ -93,6 +98,7 @@ class Explainer:
         sample: Path,
         index: Path,
         model: Path | None = None,
+        fast: Path | None = None,
         progress: Progress | None = None,
     ) -> Explainer:
         """Open student, sample and model.
@@ -102,6 +108,7 @@ class Explainer:
             sample: The ``training_sample`` artifact that it learned from.
             index: Folder that keeps these vectors.
             model: The ``compiled_student`` artifact whose answers are explained; None: the student itself.
+            fast: A ``fast_checkpoint`` artifact whose contributions are shown beside; None: they are not.
             progress: Where to report.
 
         Raises:
@@ -111,10 +118,11 @@ class Explainer:
         classifier = Classifier.load(student)
         offers = LabelledOffers.open(student, classifier, sample, index, progress)
         taxonomy = Taxonomy.load(student / TAXONOMY_FILE)
+        linear = FastModel.load(fast) if fast else None
         if model is None:
-            return cls(classifier, short_version(manifest.digest), classifier, offers, taxonomy)
+            return cls(classifier, short_version(manifest.digest), classifier, offers, taxonomy, linear)
         predictor = Predictor.load(model)
-        return cls(predictor, predictor.model_version, classifier, offers, predictor.taxonomy)
+        return cls(predictor, predictor.model_version, classifier, offers, predictor.taxonomy, linear)
 
     def explain(
         self, offer: Mapping[str, Any], similar: int = 5, category_id: str | None = None
@@ -162,8 +170,13 @@ class Explainer:
                 SimilarAndPath(**msgspec.structs.asdict(found), category_path=self.path(found.category_id))
                 for found in self._offers.most_similar(vector, similar)
             ],
-            fast_words=list(self._fast.word_contributions(text, chosen)) if self._fast else [],
+            fast_words=self._fast_words(text, chosen),
         )
+
+    def _fast_words(self, text: str, label: str) -> list[tuple[str, float]]:
+        if self._fast is None or label not in self._fast.labels:
+            return []
+        return list(self._fast.word_contributions(text, label))
 
     def path(self, category_id: str) -> str:
         """What people call a category; the id of one that the taxonomy lacks."""

@@ -6,8 +6,8 @@ Fergus, "Visualizing and Understanding Convolutional Networks", 2014; for words 
 probabilities, so a compiled one is explained as it answers. Words that say the same thing twice cover for
 each other: either alone seems to matter little.
 
-Effects are changes of the log-odds, log p / (1 - p): the log-probability of a category that a model is sure of
-stays 0 whatever word is missing.
+Effects are changes of the log-odds, log p / (1 - p): the log-probability of a category that a model is
+sure of stays 0 whatever word is missing.
 """
 
 from __future__ import annotations

@@ -224,6 +224,8 @@ def test_what_cannot_be_explained_says_why(offer, category, said, explainer):
 
 def test_contributions_of_a_linear_model_are_shown_beside(explainer):
     class Linear:
+        labels = tuple(PRODUCTS)
+
         def word_contributions(self, text, label):
             return [(word.lower(), len(word) / 10) for word in text.split()]
 
@@ -233,6 +235,8 @@ def test_contributions_of_a_linear_model_are_shown_beside(explainer):
     explanation = explainer.explain(KETTLE)
     assert ("kettle", 0.6) in explanation.fast_words
     assert "  kettle  +0.600" in as_text(explanation)
+    Linear.labels = ("tent",)
+    assert explainer.explain(KETTLE).fast_words == []
 
 
 def test_the_text_has_every_word_and_every_similar_offer(explainer):
@@ -305,6 +309,7 @@ def test_the_command_explains_an_offer_that_is_given(command, capsys):
         (["--offer", '{"title": "x"}', "--sample", "nowhere"], "nowhere is not an artifact"),
         (["--offer", '{"title": "x"}', "--sample", "STUDENT"], "labelled.parquet cannot be read"),
         (["--offer", '{"title": "x"}', "--model", "nowhere"], "nowhere is not an artifact"),
+        (["--offer", '{"title": "x"}', "--fast", "nowhere"], "nowhere"),
         (["--offer", '{"title": "x"}', "--similar", "0"], "--similar 0: expected at least 1"),
     ],
 )
