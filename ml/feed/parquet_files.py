@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ml.feed.rows import (
+    BATCH_BYTES,
     BATCH_ROWS,
     INVALID_ENCODING,
     OFFERS,
@@ -53,7 +54,9 @@ def read_parquet(
     wanted = {name: by_name[name] for name in columns or layout.columns if name in by_name}
     groups, skipped = _groups_behind(parquet.metadata, skip)
     row = 1 + skip
-    batches = parquet.iter_batches(batch_size=BATCH_ROWS, columns=list(wanted.values()), row_groups=groups)
+    batches = parquet.iter_batches(
+        batch_size=_batch_rows(parquet.metadata), columns=list(wanted.values()), row_groups=groups
+    )
     for batch in without_first(batches, skip - skipped):
         yield _raw_batch(batch, wanted, uri, row, layout)
         row += batch.num_rows
@@ -68,6 +71,13 @@ def _groups_behind(metadata: pq.FileMetaData, skip: int) -> tuple[list[int], int
             return list(range(group, metadata.num_row_groups)), skipped
         skipped += rows
     return [], skipped
+
+
+def _batch_rows(metadata: pq.FileMetaData) -> int:
+    """Rows that fit into a batch, by the row group whose rows are largest."""
+    groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
+    largest = max((group.total_byte_size / max(1, group.num_rows) for group in groups), default=0.0)
+    return max(1, min(BATCH_ROWS, int(BATCH_BYTES / max(largest, 1.0))))
 
 
 def _raw_batch(
