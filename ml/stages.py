@@ -378,6 +378,13 @@ class EvaluationParameters(Parameters, frozen=True, kw_only=True):
     seed: Seed = 17
 
 
+class MistakesExplainedParameters(Parameters, frozen=True, kw_only=True):
+    """Parameters of ``mistakes_explained``."""
+
+    mistakes: Annotated[Count, Meta(description="Mistakes that are explained, the surest first.")] = 12
+    similar: Annotated[Count, Meta(description="Similar labelled offers shown with each.")] = 5
+
+
 class CompileParameters(Parameters, frozen=True, kw_only=True):
     """Parameters of ``compiled_student``."""
 
@@ -695,6 +702,15 @@ _CATALOGUE = (
             "fast_checkpoint",
         ),
         optional_inputs=("training_sample", "production_model", "taxonomy_change"),
+        heavy=True,
+    ),
+    Stage(
+        name="mistakes_explained",
+        version="1",
+        summary="Say which words and which labelled offers led to the student's most confident mistakes.",
+        entry_point="ml.explanation.mistakes:explain_mistakes",
+        parameters=MistakesExplainedParameters,
+        inputs=("student_evaluation", "evaluation_set", "student_checkpoint", "training_sample"),
         heavy=True,
     ),
     Stage(

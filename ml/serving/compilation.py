@@ -21,7 +21,6 @@ from ml.errors import InputError
 from ml.evaluation.cascade import cascade_answers, cascade_curves, cascade_figures
 from ml.learning.cascade import TierOutput, choose_cascade, validation_offers
 from ml.learning.encoder import Classifier
-from ml.learning.fast_model import FastModel
 from ml.learning.training_data import strings
 from ml.progress import Progress
 from ml.runner import StageContext
@@ -37,6 +36,7 @@ from ml.serving.compiled_model import (
     ModelSettings,
     TracedForm,
 )
+from ml.serving.fast_model import FastModel
 from ml.serving.parity import compare, evaluation_sample
 from ml.stages import CompileParameters
 from ml.taxonomy import TAXONOMY_FILE, Taxonomy

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 
 from ml.artifacts import short_version, verify
 from ml.errors import InputError
-from ml.learning.fast_model import FastModel
 from ml.offers import offer_text
 from ml.serving.cascade import FAST, FAST_FOLDER, STUDENT, Cascade, CascadeSettings, Floats, Tier, best_labels
 from ml.serving.compiled_model import CompiledModel
+from ml.serving.fast_model import FastModel
 from ml.stages import SERVABLE
 from ml.taxonomy import TAXONOMY_FILE, Taxonomy
 

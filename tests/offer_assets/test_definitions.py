@@ -57,6 +57,7 @@ UPSTREAM = {
         "evaluation_set",
         "taxonomy_change",
     },
+    "mistakes_explained": {"student_evaluation", "evaluation_set", "student_checkpoint", "training_sample"},
     "serving_benchmark": {"compiled_student"},
     "model_version": {"student_evaluation", "compiled_student", "taxonomy_change"},
     "offer_endpoint": {"model_version"},
