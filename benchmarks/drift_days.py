@@ -32,10 +32,10 @@ from ml.demo.offers import CHUNK_OFFERS, OfferMaker
 from ml.demo.words import COUNTRIES, LANGUAGES, NEW_MARKETING
 from ml.drift.measures import MISSING
 from ml.drift.totals import DayTotals
-from ml.learning.fast_model import FastModel
 from ml.offers import CLEAN_FILE, FEED_COLUMNS, QUARANTINE_FILE, offer_texts
 from ml.progress import Progress
 from ml.runner import StageSpec, key_of, parameters_of, run_stage
+from ml.serving.fast_model import FastModel
 from ml.serving.predictor import Predictor
 from ml.stages import stage_named
 

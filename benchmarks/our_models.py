@@ -23,8 +23,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.processes import NotHereError, Offers, in_processes
 from ml.artifacts import MANIFEST, artifact_key, read_manifest, write_manifest
-from ml.learning.encoder_files import PACKAGED_ENCODER
-from ml.offers import CLEAN_SCHEMA, TEXT_VERSION, offer_text, offer_texts
+from ml.offers import CLEAN_SCHEMA, offer_text, offer_texts
 from ml.progress import Progress
 from ml.runner import StageSpec, code_revision, key_of, parameters_of, run_stage
 from ml.sampling.label_sources import HUMAN
@@ -33,7 +32,7 @@ from ml.stages import TrainingSampleParameters, stage_named
 
 if TYPE_CHECKING:
     from benchmarks.labelled_offers import SplitBy
-    from ml.learning.fast_model import FastModel
+    from ml.serving.fast_model import FastModel
 
 Parameters = Mapping[str, Mapping[str, Any]]
 """Changes of parameters, by stage."""
@@ -129,20 +128,6 @@ class Workshop:
             made[name] = self.make(name, needed)
             yield name, made[name]
 
-    def reduced_encoder(self, layers: int) -> Path:
-        """So many layers of the packaged encoder, pretrained only; a folder in transformers format."""
-        folder = self.home / "encoders" / f"packaged-{layers}"
-        if not (folder / "tokenizer.json").exists():
-            from ml.learning.encoder import Classifier, ClassifierSettings
-
-            settings = ClassifierSettings(text_version=TEXT_VERSION, taxonomy_version="", max_tokens=48)
-            whole = Classifier.from_encoder(PACKAGED_ENCODER, ["any"], settings)
-            with tempfile.TemporaryDirectory(dir=self.home) as temporary:
-                whole.keep_layers(layers).save(Path(temporary))
-                folder.parent.mkdir(exist_ok=True)
-                shutil.move(Path(temporary) / "encoder", folder)
-        return folder
-
     def make(self, name: str, inputs: Mapping[str, Path], **parameters: Any) -> Path:
         """Folder of the artifact that the stage makes of this, with this workshop's changes of parameters."""
         stage, parameters = stage_named(name), {**parameters, **self.changes.get(name, {})}
@@ -227,7 +212,17 @@ class _OfOffers:
 
 
 @contextmanager
-def _torch_classifier(folder: Path, cores: int) -> Iterator[Answerer]:
+def _teacher(folder: Path, cores: int) -> Iterator[Answerer]:
+    import torch
+
+    from ml.learning.ensemble import Teacher
+
+    torch.set_num_threads(cores)
+    yield _OfTexts(Teacher.load(folder))
+
+
+@contextmanager
+def _student(folder: Path, cores: int) -> Iterator[Answerer]:
     import torch
 
     from ml.learning.encoder import Classifier
@@ -242,7 +237,7 @@ def _fast_model(folder: Path, cores: int) -> AbstractContextManager[Answerer]:
 
 def load_fast_model(folder: Path) -> Answerer:
     """The fast model, in this process."""
-    from ml.learning.fast_model import FastModel
+    from ml.serving.fast_model import FastModel
 
     return _OfTexts(FastModel.load(folder))
 
@@ -338,7 +333,7 @@ def with_categories(name: str, folder: Path, categories: int) -> Iterator[Answer
     """
     labels = [str(number) for number in range(categories)]
     if name == "fast":
-        from ml.learning.fast_model import FastModel
+        from ml.serving.fast_model import FastModel
 
         model = FastModel.load(folder)
         copies = [number % len(model.labels) for number in range(categories)]
@@ -362,16 +357,24 @@ def with_categories(name: str, folder: Path, categories: int) -> Iterator[Answer
 
 def _repeated(model: FastModel, copies: list[int], labels: list[str]) -> FastModel:
     """A fast model with the outputs of another, each as often as it takes."""
-    return FastModel(
-        model._vectorisers, model._weights[:, copies], model._bias[copies], labels, model.settings
-    )
+    from ml.serving.fast_model import FastModel
+
+    readings, directions = model.readings, model.directions
+    if directions is None:
+        readings = {
+            name: msgspec.structs.replace(reading, vectors=reading.vectors[:, copies])
+            for name, reading in readings.items()
+        }
+    else:
+        directions = directions[:, copies]
+    return FastModel(readings, model.bias[copies], directions, labels, model.settings)
 
 
 COMPILED = "compiled_student"
 
 MODELS = (
-    OurModel("teacher", "teacher, torch fp32", "teacher_checkpoint", _torch_classifier),
-    OurModel("student", "student, torch fp32", "student_checkpoint", _torch_classifier),
+    OurModel("teacher", "teacher, torch fp32", "teacher_checkpoint", _teacher),
+    OurModel("student", "student, torch fp32", "student_checkpoint", _student),
     OurModel("compiled", "student, compiled", COMPILED, _compiled_student),
     OurModel("fast", "fast model", "fast_checkpoint", _fast_model),
     OurModel("cascade", "cascade", COMPILED, _cascade),

@@ -80,28 +80,27 @@ class Ablation:
     """Whose model is measured: ``teacher_checkpoint`` or ``student_checkpoint``."""
     changes: Mapping[str, Mapping[str, Any]]
     """Changed parameters, by stage."""
-    hard_labels_layers: int = 0
-    """Train an encoder of so many of the original's layers on the labels alone, as a teacher is."""
+
+
+def _teacher(name: str, **changes: Any) -> Ablation:
+    return Ablation(f"teacher {name}", "teacher_checkpoint", {"teacher_checkpoint": changes})
+
+
+def _student(name: str, **changes: Any) -> Ablation:
+    return Ablation(f"student {name}", "student_checkpoint", {"student_checkpoint": changes})
 
 
 ABLATIONS: tuple[Ablation, ...] = (
-    Ablation(
-        "teacher without loss at the levels above",
-        "teacher_checkpoint",
-        {"teacher_checkpoint": {"ancestor_loss": 0.0}},
-    ),
-    Ablation("student without distillation, 3 layers", "teacher_checkpoint", {}, hard_labels_layers=3),
-    Ablation(
-        "student without labels beside the teacher",
-        "student_checkpoint",
-        {"student_checkpoint": {"label_weight": 0.0}},
-    ),
-    *(
-        Ablation(
-            f"student of {layers} layers", "student_checkpoint", {"student_checkpoint": {"layers": layers}}
-        )
-        for layers in (1, 2, 3, 6)
-    ),
+    _teacher("without the loss at the levels above", ancestor_loss=0.0),
+    _teacher("without category names as texts", category_names=False),
+    _teacher("without logit adjustment", logit_adjustment=0.0),
+    _teacher("without the linear model", ensemble=False),
+    _teacher("with an epoch of further pretraining", pretraining_epochs=1),
+    _teacher("with adapters of rank 16 only", lora_rank=16),
+    _student("without distillation", distillation_weight=0.0, label_weight=1.0),
+    _student("without labels beside the teacher", label_weight=0.0),
+    _student("with the whole vocabulary", trim_vocabulary=False),
+    *(_student(f"of {layers} layers", layers=layers) for layers in (1, 2, 3, 6)),
 )
 """What is tried. A new ingredient of a stage is one more entry that switches it off."""
 
@@ -396,9 +395,6 @@ def _variant(
     }
     for stage, values in ablation.changes.items():
         changes[stage] = {**changes.get(stage, {}), **values}
-    if ablation.hard_labels_layers:
-        encoder = bench.workshop.reduced_encoder(ablation.hard_labels_layers)
-        changes["teacher_checkpoint"] = {**changes.get("teacher_checkpoint", {}), "encoder": str(encoder)}
     *_, (_, folder) = Workshop(bench.work, changes).train(inputs, ablation.stage)
     model = next(model for model in MODELS if model.stage == ablation.stage)
     digest = read_manifest(folder).digest[:12]

@@ -201,6 +201,32 @@ class TeacherParameters(EncoderChoice, frozen=True, kw_only=True):
     ancestor_loss: Annotated[
         float, Meta(ge=0, description="Weight of the loss at each level above the leaf.")
     ] = 0.3
+    pretraining_epochs: Annotated[
+        int, Meta(ge=0, description="Passes over all offers, labelled or not, before the labels; 0: none.")
+    ] = 0
+    category_names: Annotated[
+        bool, Meta(description="Whether each category's path counts as one more labelled text.")
+    ] = True
+    cold_categories: Annotated[
+        bool,
+        Meta(description="Whether leaves without a labelled offer are answers too, by name and path alone."),
+    ] = False
+    lora_rank: Annotated[
+        int, Meta(ge=0, description="Rank of low-rank adapters; 0: all weights are trained.")
+    ] = 0
+    pseudo_label_epochs: Annotated[
+        int, Meta(ge=0, description="Passes of a second training, on confident guesses too; 0: none.")
+    ] = 0
+    pseudo_label_confidence: Annotated[
+        Share, Meta(description="Unlabelled offers of which the encoder is this sure are taken.")
+    ] = 0.9
+    logit_adjustment: Annotated[
+        float | None,
+        Meta(description="How far to lean towards rare categories, 0 to 1; null: as validation says."),
+    ] = None
+    ensemble: Annotated[
+        bool, Meta(description="Whether a linear model answers together with the encoder.")
+    ] = True
     checkpoint_seconds: Annotated[
         float, Meta(gt=0, description="Time between two checkpoints.", extra=OPERATIONAL)
     ] = 20.0
@@ -237,6 +263,12 @@ class StudentParameters(Parameters, frozen=True, kw_only=True):
     batch_size: Count = 32
     learning_rate: Annotated[float, Meta(gt=0, description="Peak rate of the encoder (AdamW).")] = 2e-4
     head_learning_rate: Annotated[float, Meta(gt=0, description="Peak rate of the output layer.")] = 1e-3
+    trim_vocabulary: Annotated[
+        bool, Meta(description="Keep only the tokens that the sample's texts use, and single characters.")
+    ] = True
+    distillation_weight: Annotated[
+        Share, Meta(description="Weight of the teacher's word; 0: learn from the labelled offers alone.")
+    ] = 1.0
     label_weight: Annotated[
         Share, Meta(description="Weight of labels beside the teacher's word, on labelled offers.")
     ] = 0.3
@@ -253,12 +285,18 @@ class StudentParameters(Parameters, frozen=True, kw_only=True):
 class FastModelParameters(Parameters, frozen=True, kw_only=True):
     """Parameters of ``fast_checkpoint``."""
 
-    max_features: Annotated[Count, Meta(description="n-grams kept, the most frequent first.")] = 60_000
-    regularisation: Annotated[float, Meta(gt=0, description="C of the linear support vector machine.")] = 1.0
+    max_features: Annotated[
+        Count,
+        Meta(description="n-grams kept of titles, and as many of whole texts, the most frequent first."),
+    ] = 100_000
+    regularisation: Annotated[float, Meta(gt=0, description="C of the linear support vector machines.")] = 2.0
     pseudo_label_confidence: Annotated[
         Share,
         Meta(description="Unlabelled offers of which the teacher is this sure are trained on too; 1: none."),
     ] = 0.9
+    label_weight: Annotated[
+        Share, Meta(description="Weight of labels on labelled offers; the teacher's word gets the rest.")
+    ] = 1.0
     seed: Seed = 17
 
 
@@ -506,8 +544,8 @@ _CATALOGUE = (
     ),
     Stage(
         name="teacher_checkpoint",
-        version="2",
-        summary="Fine-tune the large encoder on the labelled offers.",
+        version="3",
+        summary="Fine-tune the large encoder on the labelled offers, beside a linear model.",
         entry_point="ml.learning.teacher:train_teacher",
         parameters=TeacherParameters,
         inputs=("training_sample", "catalog_taxonomy"),
@@ -516,7 +554,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="teacher_labels",
-        version="1",
+        version="2",
         summary="Let the teacher label labelled and unlabelled offers (top-k logits).",
         entry_point="ml.learning.labelling:write_teacher_labels",
         parameters=TeacherLabelsParameters,
@@ -525,7 +563,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="fast_checkpoint",
-        version="2",
+        version="3",
         summary="Train the traditional model: n-grams and a linear classifier.",
         entry_point="ml.learning.fast_model:train_fast_model",
         parameters=FastModelParameters,
@@ -534,7 +572,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="student_checkpoint",
-        version="2",
+        version="3",
         summary="Distil the teacher into a small encoder.",
         entry_point="ml.learning.student:train_student",
         parameters=StudentParameters,

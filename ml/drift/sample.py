@@ -16,9 +16,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ml.learning.fast_model import FastModel
 from ml.offers import CLEAN_FILE, CLEAN_SCHEMA, offer_texts
 from ml.sampling.split import PRODUCT_KEYS
+from ml.serving.fast_model import FastModel
 
 TRAINED_FILE = "trained.parquet"
 CATALOGUED_FILE = "catalogued.parquet"

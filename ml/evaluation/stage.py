@@ -41,10 +41,12 @@ from ml.evaluation.metrics import (
 )
 from ml.learning.devices import use_available_cores
 from ml.learning.encoder import Classifier
-from ml.learning.fast_model import FastModel
+from ml.learning.encoder import Classifier
+from ml.learning.ensemble import Teacher
 from ml.offers import TEXT_VERSION
 from ml.runner import StageContext
 from ml.sampling.label_sources import WEAK
+from ml.serving.fast_model import FastModel
 from ml.serving.predictor import Predictor
 from ml.stages import EvaluationParameters
 from ml.taxonomy import TAXONOMY_FILE, Taxonomy
@@ -382,13 +384,10 @@ def _loaders(
     context: StageContext, parameters: EvaluationParameters
 ) -> tuple[dict[str, Callable[[], Model]], str | None]:
     """How to load each model, and why production's cannot be compared if so. One is in memory at a time."""
-
-    def classifier(name: str) -> Callable[[], Model]:
-        return lambda: _Batched(Classifier.load(context.input(name)), parameters.batch_size)
-
+    student, teacher = context.input("student_checkpoint"), context.input("teacher_checkpoint")
     loaders: dict[str, Callable[[], Model]] = {
-        STUDENT: classifier("student_checkpoint"),
-        TEACHER: classifier("teacher_checkpoint"),
+        STUDENT: lambda: _Batched(Classifier.load(student), parameters.batch_size),
+        TEACHER: lambda: _Batched(Teacher.load(teacher), parameters.batch_size),
         FAST: lambda: FastModel.load(context.input("fast_checkpoint")),
     }
     production = context.optional_input("production_model")
