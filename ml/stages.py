@@ -297,6 +297,17 @@ class FastModelParameters(Parameters, frozen=True, kw_only=True):
     label_weight: Annotated[
         Share, Meta(description="Weight of labels on labelled offers; the teacher's word gets the rest.")
     ] = 1.0
+    class_balance: Annotated[
+        float,
+        Meta(
+            ge=0,
+            description="What the negative logarithm of a category's share of the offers adds to its margin.",
+        ),
+    ] = 0.02
+    rank: Annotated[
+        int,
+        Meta(ge=0, description="Margins are combinations of so many directions; 0: of one per category."),
+    ] = 0
     seed: Seed = 17
 
 
