@@ -46,6 +46,12 @@ def _parser() -> argparse.ArgumentParser:
         commands, "classify", "ml.serving.classify", "Assign a category to every offer of a feed file."
     )
     _add_program(
+        commands,
+        "explain",
+        "ml.explanation.command",
+        "Say which words and labelled offers led to a category.",
+    )
+    _add_program(
         commands, "serve", "ml.serving.server", "Answer /ping and /invocations with a compiled model."
     )
     _add_program(commands, "train", "ml.training_job", "Run the stage that lies in /opt/ml, in a container.")

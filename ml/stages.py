@@ -378,6 +378,13 @@ class EvaluationParameters(Parameters, frozen=True, kw_only=True):
     seed: Seed = 17
 
 
+class MistakesExplainedParameters(Parameters, frozen=True, kw_only=True):
+    """Parameters of ``mistakes_explained``."""
+
+    mistakes: Annotated[Count, Meta(description="Mistakes that are explained, the surest first.")] = 12
+    similar: Annotated[Count, Meta(description="Similar labelled offers shown with each.")] = 5
+
+
 class CompileParameters(Parameters, frozen=True, kw_only=True):
     """Parameters of ``compiled_student``."""
 
@@ -387,6 +394,27 @@ class CompileParameters(Parameters, frozen=True, kw_only=True):
         str,
         Meta(description="Version of torch-neuronx that has to compile; empty: whichever is there."),
     ] = ""
+    max_loss: Annotated[
+        float,
+        Meta(
+            gt=0,
+            lt=1,
+            description="Accuracy that the fast model's answers may cost against asking the student about "
+            "every offer, kept with 95 % confidence.",
+        ),
+    ] = 0.01
+    min_precision: Annotated[
+        float,
+        Meta(
+            gt=0,
+            lt=1,
+            description="Share of right answers among those not marked for review, with 95 % confidence.",
+        ),
+    ] = 0.9
+    country_offers: Annotated[
+        Count,
+        Meta(description="Validation offers from which on a country has a threshold of its own."),
+    ] = 1_000
 
 
 class RenamedStudentParameters(Parameters, frozen=True, kw_only=True):
@@ -444,12 +472,6 @@ class DriftReferenceParameters(Parameters, frozen=True, kw_only=True):
     max_offers: Annotated[
         Count, Meta(description="The same of all days together; with more days each gives fewer.")
     ] = 30_000
-    escalate_below: Annotated[
-        Share, Meta(description="An offer of which the fast model is less sure goes to the student.")
-    ] = 0.8
-    review_below: Annotated[
-        Share, Meta(description="An offer of which the student is less sure goes to a person.")
-    ] = 0.5
     seed: Seed = 17
 
 
@@ -683,12 +705,27 @@ _CATALOGUE = (
         heavy=True,
     ),
     Stage(
-        name="compiled_student",
+        name="mistakes_explained",
         version="1",
-        summary="Compile the student for a target and compare it with the original.",
+        summary="Say which words and which labelled offers led to the student's most confident mistakes.",
+        entry_point="ml.explanation.mistakes:explain_mistakes",
+        parameters=MistakesExplainedParameters,
+        inputs=("student_evaluation", "evaluation_set", "student_checkpoint", "training_sample"),
+        heavy=True,
+    ),
+    Stage(
+        name="compiled_student",
+        version="2",
+        summary="Compile the student for a target, put the fast model before it, compare with the original.",
         entry_point="ml.serving.compilation:compile_student",
         parameters=CompileParameters,
-        inputs=("student_checkpoint", "evaluation_set", "catalog_taxonomy"),
+        inputs=(
+            "student_checkpoint",
+            "fast_checkpoint",
+            "training_sample",
+            "evaluation_set",
+            "catalog_taxonomy",
+        ),
         heavy=True,
     ),
     Stage(
@@ -718,7 +755,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="transform_input",
-        version="1",
+        version="2",
         summary="Prepare a day's clean offers for a bulk job, without those that captured answers cover.",
         entry_point="ml.serving.transform_input:write_transform_input",
         parameters=TransformInputParameters,
@@ -726,7 +763,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="catalogued_offers",
-        version="1",
+        version="2",
         summary="Catalogue the clean offers of a day through the endpoint.",
         entry_point="ml.serving.cataloguing:catalogue_offers",
         parameters=CataloguedOffersParameters,
@@ -735,7 +772,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="drift_reference",
-        version="1",
+        version="2",
         summary="Measure what is usual on the days that the serving model was trained on.",
         entry_point="ml.drift.reference:write_drift_reference",
         parameters=DriftReferenceParameters,
@@ -746,7 +783,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="drift_report",
-        version="2",
+        version="3",
         summary="Hold a day of catalogued offers against the reference, question by question.",
         entry_point="ml.drift.report:write_drift_report",
         parameters=DriftParameters,
@@ -765,7 +802,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="live_quality",
-        version="1",
+        version="2",
         summary="Measure the categories that were given against what people decided later.",
         entry_point="ml.quality.live:write_live_quality",
         parameters=LiveQualityParameters,

@@ -25,6 +25,7 @@ MEASURE_QUALITY = "measure_quality"
 BENCHMARK_SERVING = "benchmark_serving"
 COMPARE_ENCODERS = "compare_encoders"
 SEARCH_HYPERPARAMETERS = "search_hyperparameters"
+EXPLAIN_MISTAKES = "explain_mistakes"
 
 _WEEKS_LOOKED_AT = 4
 """An outage of the whole feed is noticed for so long; a feed of workdays is expected on workdays only."""
@@ -131,6 +132,13 @@ search_hyperparameters = dg.define_asset_job(
     "trials until their number or the budget is reached. By hand: what it finds is shown, not applied.",
 )
 
+explain_mistakes = dg.define_asset_job(
+    EXPLAIN_MISTAKES,
+    selection=dg.AssetSelection.assets("mistakes_explained"),
+    description="Say which words and which labelled offers led to the student's most confident mistakes. By "
+    "hand: no release waits for it.",
+)
+
 JOBS = [
     adopt_taxonomy,
     refresh_names,
@@ -144,6 +152,7 @@ JOBS = [
     benchmark_serving,
     compare_encoders,
     search_hyperparameters,
+    explain_mistakes,
 ]
 
 

@@ -58,6 +58,7 @@ _DEFAULTS: dict[str, JobMachines] = {
     "encoder_comparison": JobMachines(where="here"),
     "hyperparameter_search": JobMachines(instance_type=_GPU, max_hours=24),
     "student_evaluation": JobMachines(instance_type=_GPU),
+    "mistakes_explained": JobMachines(instance_type=_GPU),
     "migrated_labels": JobMachines(instance_type=_GPU),
     "taxonomy_change": JobMachines(instance_type=_GPU),
     "compiled_student": JobMachines(instance_type="ml.c7i.2xlarge", spot=False, max_hours=2),

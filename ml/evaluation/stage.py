@@ -41,7 +41,6 @@ from ml.evaluation.metrics import (
 )
 from ml.learning.devices import use_available_cores
 from ml.learning.encoder import Classifier
-from ml.learning.encoder import Classifier
 from ml.learning.ensemble import Teacher
 from ml.offers import TEXT_VERSION
 from ml.runner import StageContext
@@ -404,7 +403,8 @@ def _loaders(
     taxonomy_change = context.optional_input("taxonomy_change")
     since = _transitions_since(production, taxonomy_change) if taxonomy_change else {}
     moves = most_likely_moves(since.values())
-    return loaders | {PRODUCTION: lambda: _Moved(Predictor.load(production), moves)}, None
+    # The student alone: the new one is not in a cascade yet, and what a cascade may lose is stated apart.
+    return loaders | {PRODUCTION: lambda: _Moved(Predictor.load(production).student, moves)}, None
 
 
 def _transitions_since(production: Path, taxonomy_change: Path) -> dict[str, Transition]:
