@@ -115,7 +115,7 @@ def _add_stage(commands: Any, stage: Stage) -> None:
             dest=f"inputs:{name}",
         )
     for field in msgspec.structs.fields(stage.parameters):
-        has_default = field.default is not msgspec.NODEFAULT  # a list has a factory instead
+        has_default = field.default is not msgspec.NODEFAULT  # a list or dict has a factory instead
         command.add_argument(
             _flag(field.name),
             dest=f"parameter:{field.name}",
@@ -186,7 +186,7 @@ def _typed(name: str, value: Any, wanted: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        if typing.get_origin(_plain(wanted)) is list:
+        if typing.get_origin(_plain(wanted)) in (list, dict):
             return msgspec.json.decode(value)
         return msgspec.to_builtins(msgspec.convert(value, wanted, strict=False))
     except (msgspec.ValidationError, msgspec.DecodeError) as error:

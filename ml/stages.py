@@ -297,6 +297,84 @@ class FastModelParameters(Parameters, frozen=True, kw_only=True):
     label_weight: Annotated[
         Share, Meta(description="Weight of labels on labelled offers; the teacher's word gets the rest.")
     ] = 1.0
+    class_balance: Annotated[
+        float,
+        Meta(
+            ge=0,
+            description="What the negative logarithm of a category's share of the offers adds to its margin.",
+        ),
+    ] = 0.02
+    rank: Annotated[
+        int,
+        Meta(ge=0, description="Margins are combinations of so many directions; 0: of one per category."),
+    ] = 0
+    seed: Seed = 17
+
+
+class ComparedEncoder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One candidate of ``encoder_comparison``."""
+
+    encoder: str
+    """``packaged-minilm``, a hub id, a local folder or a URI."""
+    layers: Annotated[int, Meta(ge=0)] = 0
+    """Encoder layers kept, spread evenly over the original's; 0: all."""
+    digest: str = ""
+    """SHA-256 of the encoder's weights; empty: not checked."""
+
+    @property
+    def name(self) -> str:
+        """As settings and the launchpad write it: ``packaged-minilm:3``."""
+        return f"{self.encoder}:{self.layers}" if self.layers else self.encoder
+
+
+class EncoderComparisonParameters(Parameters, frozen=True, kw_only=True):
+    """Parameters of ``encoder_comparison``."""
+
+    encoders: Annotated[
+        list[ComparedEncoder],
+        Meta(min_length=1, description="Encoders to compare (encoder, layers, digest)."),
+    ]
+    training: Annotated[
+        dict[str, Any],
+        Meta(description="Parameters of teacher_checkpoint with which each is trained, but for the encoder."),
+    ] = {}
+    machine: Annotated[
+        str,
+        Meta(
+            description="What it is measured on; must be this machine. Empty: any. Others have other speeds."
+        ),
+    ] = ""
+    timed_offers: Annotated[Count, Meta(description="Offer texts whose prediction is timed.")] = 256
+    attempt: Annotated[Count, Meta(description="Another number measures again what did not change.")] = 1
+
+
+class HyperparameterSearchParameters(Parameters, frozen=True, kw_only=True):
+    """Parameters of ``hyperparameter_search``."""
+
+    model: Annotated[
+        Literal["teacher", "student", "fast"], Meta(description="Whose parameters are searched.")
+    ]
+    encoder: Annotated[
+        str, Meta(description="Encoder of teacher or student, as there; the fast model has none.")
+    ] = "packaged-minilm"
+    encoder_digest: Annotated[
+        str, Meta(description="SHA-256 of the encoder's weights; empty: not checked.")
+    ] = ""
+    fixed: Annotated[
+        dict[str, Any],
+        Meta(description="Parameters of the model as they are set; the first trial has them all."),
+    ] = {}
+    searched: Annotated[
+        list[str],
+        Meta(description="Names of the parameters that vary; none: those that the search space proposes."),
+    ] = []
+    trials: Annotated[Count, Meta(description="Trials at most, those that are given up early counted.")] = 20
+    budget_seconds: Annotated[
+        float, Meta(ge=0, description="No trial begins once the trials took so long together; 0: no limit.")
+    ] = 3_600.0
+    startup_trials: Annotated[
+        Count, Meta(description="Trials that are drawn at random and finished, before the search learns.")
+    ] = 5
     seed: Seed = 17
 
 
@@ -327,6 +405,27 @@ class CompileParameters(Parameters, frozen=True, kw_only=True):
         str,
         Meta(description="Version of torch-neuronx that has to compile; empty: whichever is there."),
     ] = ""
+    max_loss: Annotated[
+        float,
+        Meta(
+            gt=0,
+            lt=1,
+            description="Accuracy that the fast model's answers may cost against asking the student about "
+            "every offer, kept with 95 % confidence.",
+        ),
+    ] = 0.01
+    min_precision: Annotated[
+        float,
+        Meta(
+            gt=0,
+            lt=1,
+            description="Share of right answers among those not marked for review, with 95 % confidence.",
+        ),
+    ] = 0.9
+    country_offers: Annotated[
+        Count,
+        Meta(description="Validation offers from which on a country has a threshold of its own."),
+    ] = 1_000
 
 
 class RenamedStudentParameters(Parameters, frozen=True, kw_only=True):
@@ -384,12 +483,6 @@ class DriftReferenceParameters(Parameters, frozen=True, kw_only=True):
     max_offers: Annotated[
         Count, Meta(description="The same of all days together; with more days each gives fewer.")
     ] = 30_000
-    escalate_below: Annotated[
-        Share, Meta(description="An offer of which the fast model is less sure goes to the student.")
-    ] = 0.8
-    review_below: Annotated[
-        Share, Meta(description="An offer of which the student is less sure goes to a person.")
-    ] = 0.5
     seed: Seed = 17
 
 
@@ -588,8 +681,27 @@ _CATALOGUE = (
         heavy=True,
     ),
     Stage(
+        name="encoder_comparison",
+        version="1",
+        summary="Train several encoders alike and compare quality, throughput and size.",
+        entry_point="ml.learning.encoder_comparison:compare_encoders",
+        parameters=EncoderComparisonParameters,
+        inputs=("training_sample", "catalog_taxonomy"),
+        heavy=True,
+    ),
+    Stage(
+        name="hyperparameter_search",
+        version="1",
+        summary="Search for better parameters of teacher, student or fast model.",
+        entry_point="ml.learning.hyperparameter_search:search_hyperparameters",
+        parameters=HyperparameterSearchParameters,
+        inputs=("training_sample", "catalog_taxonomy"),
+        optional_inputs=("teacher_checkpoint", "teacher_labels"),
+        heavy=True,
+    ),
+    Stage(
         name="student_evaluation",
-        version="3",
+        version="4",
         summary="Measure teacher, student, fast model and the version in production on the evaluation set.",
         entry_point="ml.evaluation.stage:evaluate_student",
         parameters=EvaluationParameters,
@@ -614,11 +726,17 @@ _CATALOGUE = (
     ),
     Stage(
         name="compiled_student",
-        version="1",
-        summary="Compile the student for a target and compare it with the original.",
+        version="2",
+        summary="Compile the student for a target, put the fast model before it, compare with the original.",
         entry_point="ml.serving.compilation:compile_student",
         parameters=CompileParameters,
-        inputs=("student_checkpoint", "evaluation_set", "catalog_taxonomy"),
+        inputs=(
+            "student_checkpoint",
+            "fast_checkpoint",
+            "training_sample",
+            "evaluation_set",
+            "catalog_taxonomy",
+        ),
         heavy=True,
     ),
     Stage(
@@ -648,7 +766,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="transform_input",
-        version="1",
+        version="2",
         summary="Prepare a day's clean offers for a bulk job, without those that captured answers cover.",
         entry_point="ml.serving.transform_input:write_transform_input",
         parameters=TransformInputParameters,
@@ -656,7 +774,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="catalogued_offers",
-        version="1",
+        version="2",
         summary="Catalogue the clean offers of a day through the endpoint.",
         entry_point="ml.serving.cataloguing:catalogue_offers",
         parameters=CataloguedOffersParameters,
@@ -665,7 +783,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="drift_reference",
-        version="1",
+        version="2",
         summary="Measure what is usual on the days that the serving model was trained on.",
         entry_point="ml.drift.reference:write_drift_reference",
         parameters=DriftReferenceParameters,
@@ -676,7 +794,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="drift_report",
-        version="2",
+        version="3",
         summary="Hold a day of catalogued offers against the reference, question by question.",
         entry_point="ml.drift.report:write_drift_report",
         parameters=DriftParameters,
@@ -695,7 +813,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="live_quality",
-        version="1",
+        version="2",
         summary="Measure the categories that were given against what people decided later.",
         entry_point="ml.quality.live:write_live_quality",
         parameters=LiveQualityParameters,

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 
 from ml.errors import InputError
-from ml.learning.calibration import log_softmax, softmax
+from ml.learning.calibration import LOG_TEMPERATURE_BOUNDS, fit_temperature, log_softmax, softmax
 from ml.learning.encoder import Classifier
 from ml.serving.fast_model import FastModel
 
@@ -103,18 +103,22 @@ def fit_weights(
         targets: (rows,); rows of unknown class (-1) are left out.
 
     Returns:
-        Weights that are not negative; 1 for each part if no row has a known class.
+        Weights that are not negative, and not larger than what the lowest temperature stands for; 1 for each
+        part if no row has a known class.
     """
+    largest = 1 / float(np.exp(LOG_TEMPERATURE_BOUNDS[0]))
     known = targets >= 0
-    parts = [encoder[known]] if linear is None else [encoder[known], linear[known]]
+    if linear is None:
+        return EnsembleWeights(encoder=1 / fit_temperature(encoder, targets))
     if not known.any():
-        return EnsembleWeights(encoder=1.0, linear=0.0 if linear is None else 1.0)
+        return EnsembleWeights(encoder=1.0, linear=1.0)
+    parts, rows = (encoder[known], linear[known]), np.arange(int(known.sum()))
 
     def mean_loss(weights: NDArray[np.float64]) -> float:
-        logits = sum(weight * part for weight, part in zip(weights, parts, strict=True))
-        rows = np.arange(len(targets[known]))
-        return float(-log_softmax(np.asarray(logits))[rows, targets[known]].mean())
+        logits = weights[0] * parts[0] + weights[1] * parts[1]
+        return float(-log_softmax(logits)[rows, targets[known]].mean())
 
-    start = np.array([1.0 / max(float(part.std()), 1e-6) for part in parts])
-    found = minimize(mean_loss, start, method="Nelder-Mead", bounds=[(0.0, None)] * len(parts))
-    return EnsembleWeights(encoder=float(found.x[0]), linear=float(found.x[1]) if linear is not None else 0.0)
+    # Each part alone, calibrated, says about what half of the sum should.
+    start = [min(0.5 / fit_temperature(part, targets[known]), largest) for part in parts]
+    found = minimize(mean_loss, start, method="Nelder-Mead", bounds=[(0.0, largest)] * 2)
+    return EnsembleWeights(encoder=float(found.x[0]), linear=float(found.x[1]))

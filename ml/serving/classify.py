@@ -36,7 +36,7 @@ _BATCH_OFFERS = 512
 _PART_OFFERS = 16_384
 """What a kill can cost, beside what was under way."""
 
-_FEED_COLUMNS = ("offer_id", *TEXT_COLUMNS, "problem")
+_FEED_COLUMNS = ("offer_id", *TEXT_COLUMNS, "country", "problem")
 _PROBLEMS_SHOWN = 5
 
 

@@ -182,9 +182,7 @@ class FastModel:
     def predict_probabilities(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Calibrated probabilities, float32 (texts, classes)."""
         result = self.predict_logits(texts)
-        for start in range(
-            0, len(texts), TEXTS_AT_ONCE
-        ):  # in place, while a chunk is in the processor's cache
+        for start in range(0, len(texts), TEXTS_AT_ONCE):  # rows that fit into the processor's cache
             rows = result[start : start + TEXTS_AT_ONCE]
             rows -= rows.max(axis=1, keepdims=True)
             rows /= np.float32(self.settings.temperature)

@@ -99,16 +99,15 @@ class Words(msgspec.Struct, frozen=True):
         ends = np.cumsum(padded)
         words = np.repeat(np.arange(len(self)), padded)
         within = np.arange(len(words)) - (ends - padded)[words]
-        is_blank = (within == 0) | (within == padded[words] - 1)
-        codes = np.full(len(words), _BLANK, dtype=np.uint64)
-        inner = ~is_blank
+        inner = np.flatnonzero((within > 0) & (within < padded[words] - 1))
+        codes = np.full(len(words) + LONGEST, _BLANK, dtype=np.uint64)
         codes[inner] = self.codes[(self.starts[words] + within - 1)[inner]]
         left = padded[words] - within  # characters from here to the end of the word
         powers = _powers(_BASE, LONGEST)
-        sums = codes * powers[0]
+        sums = np.zeros(len(words), dtype=np.uint64)
         keys, places = [], []
-        for length in range(2, LONGEST + 1):
-            sums[: len(sums) - length + 1] += codes[length - 1 :] * powers[length - 1]
+        for length in range(1, LONGEST + 1):
+            sums += codes[length - 1 : length - 1 + len(words)] * powers[length - 1]
             if length >= SHORTEST:
                 fits = left >= length
                 keys.append(sums[fits])

@@ -29,7 +29,7 @@ _LENGTH_BYTES = 4
 _BATCHES_PER_WORKER = 2
 """One being computed and one waiting: no worker idles, no more than these are in memory."""
 
-_COLUMNS = ("offer_id", "problem", *TEXT_COLUMNS)
+_COLUMNS = ("offer_id", "problem", "country", *TEXT_COLUMNS)
 
 _logger = logging.getLogger(__name__)
 

@@ -52,7 +52,7 @@ def test_alternatives_are_the_next_most_likely_categories(predictor):
 def test_probabilities_are_the_calibrated_ones_of_the_original(predictor, compiled_root):
     texts = [offer_text(offer) for offer in OFFERS]
     expected = Classifier.load(compiled_root / "student").predict_probabilities(texts)
-    found = predictor.predict_probabilities(texts)
+    found = predictor.student.predict_probabilities(texts)
     assert found.dtype == np.float32
     assert found.sum(axis=1) == pytest.approx(np.ones(len(texts)), abs=1e-5)
     assert np.abs(found - expected).mean() < 0.01
@@ -90,13 +90,13 @@ def test_a_fresh_process_and_more_threads_give_the_same_bits(compiled_student):
 def test_equal_texts_are_computed_once_within_a_call_and_across_calls(compiled_student, monkeypatch):
     predictor = Predictor.load(compiled_student)
     computed = []
-    original = predictor._model.predict_probabilities
+    original = predictor.student.predict_probabilities
 
     def counting(texts):
         computed.extend(texts)
         return original(texts)
 
-    monkeypatch.setattr(predictor._model, "predict_probabilities", counting)
+    monkeypatch.setattr(predictor.student, "predict_probabilities", counting)
     first = predictor.predict([*OFFERS[:3], *OFFERS[:3]])
     again = predictor.predict(OFFERS[:4])
     assert first[:3] == first[3:] == again[:3]

@@ -163,12 +163,8 @@ def test_keeping_all_classes_is_the_plain_tempered_divergence() -> None:
 
 def test_labels_weigh_in_on_labelled_offers_only() -> None:
     teacher, student = random_logits(0), random_logits(1)
-    without = loss_of(distillation_set(teacher, 2, [-1, -1]), temperature=1.0, label_weight=0.4)(
-        student, ROWS
-    )
-    with_one = loss_of(distillation_set(teacher, 2, [-1, 3]), temperature=1.0, label_weight=0.4)(
-        student, ROWS
-    )
+    without = loss_of(distillation_set(teacher, 2, [-1, -1]), label_weight=0.4)(student, ROWS)
+    with_one = loss_of(distillation_set(teacher, 2, [-1, 3]), label_weight=0.4)(student, ROWS)
     cross_entropy = -student.log_softmax(dim=1)[1, 3]
     torch.testing.assert_close(with_one - without, 0.4 * cross_entropy / 2)
     guess = distillation_set(teacher, 2, [-1, 3], weights=(1.0, 0.5))
@@ -178,10 +174,8 @@ def test_labels_weigh_in_on_labelled_offers_only() -> None:
 
 def test_labels_of_people_weigh_one_and_then_nothing_differs_to_the_last_bit() -> None:
     teacher, student = random_logits(0), random_logits(1).requires_grad_()
-    found = loss_of(distillation_set(teacher, 2, [2, 3]), temperature=1.0, label_weight=0.4)(student, ROWS)
-    divergence = loss_of(distillation_set(teacher, 2, [2, 3]), temperature=1.0, label_weight=0.0)(
-        student, ROWS
-    )
+    found = loss_of(distillation_set(teacher, 2, [2, 3]), label_weight=0.4)(student, ROWS)
+    divergence = loss_of(distillation_set(teacher, 2, [2, 3]), label_weight=0.0)(student, ROWS)
     plain = functional.cross_entropy(student, torch.tensor([2, 3]), ignore_index=-1, reduction="sum") / 2
     expected = divergence + 0.4 * plain
     assert torch.equal(found, expected)
