@@ -58,7 +58,7 @@ class TeacherLabels(msgspec.Struct, frozen=True):
     @property
     def confidence(self) -> NDArray[np.float32]:
         """Probability of the most likely class, (offers,)."""
-        return self.probabilities[:, 0]
+        return self.probabilities[:, :1].reshape(-1)  # of no offers there is no first class either
 
     @property
     def probabilities(self) -> NDArray[np.float32]:
