@@ -1,7 +1,7 @@
 """From a trained student to the form that serves: files that the runtime of a target executes.
 
-For ``cpu`` that is an int8 ONNX graph (:mod:`ml.serving.onnx_export`), for ``neuron`` and ``torchscript``
-one traced module per bucket of lengths (:mod:`ml.serving.tracing`).
+For ``cpu`` that is the graph of whichever backend does best here (:mod:`ml.serving.backends`), for
+``neuron`` and ``torchscript`` one traced module per bucket of lengths (:mod:`ml.serving.tracing`).
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
+import pyarrow as pa
 
 from ml.artifacts import read_manifest, short_version
 from ml.errors import InputError
@@ -26,12 +27,16 @@ from ml.serving.compiled_model import (
     TOKENIZER_FILE,
     TORCHSCRIPT,
     CompiledModel,
+    CpuForm,
     ModelSettings,
     TracedForm,
 )
 from ml.serving.parity import compare, evaluation_sample
 from ml.stages import CompileParameters
 from ml.taxonomy import TAXONOMY_FILE
+
+if TYPE_CHECKING:
+    from ml.serving.backends import Compiled
 
 REFERENCE = "reference_"
 """Before the metrics of a model that cannot run where it was compiled: they are its reference's."""
@@ -46,7 +51,8 @@ def compile_student(context: StageContext, parameters: CompileParameters) -> dic
     metrics that the gate reads is there.
 
     Returns:
-        What :func:`ml.serving.parity.compare` found, for ``neuron`` with ``reference_`` before each name
+        What :func:`ml.serving.parity.compare` found; for ``cpu`` the backend and all candidates
+        (:attr:`ml.serving.backends.Compiled.metrics`); for ``neuron`` with ``reference_`` before each name
         and ``device_parity`` "not measured"; sizes in bytes of both folders.
 
     Raises:
@@ -63,7 +69,9 @@ def compile_student(context: StageContext, parameters: CompileParameters) -> dic
     sample = evaluation_sample(context.input("evaluation_set"), parameters.parity_offers)
 
     context.progress.say(f"compiling {classifier.parameter_count:,} weights for {target}")
-    _write(context.output, classifier, target, context.checkpoints, context.progress)
+    compiled = _compile_for_cpu(context, classifier, sample, parameters)
+    form = compiled.form if compiled else None
+    _write(context.output, classifier, target, context.checkpoints, context.progress, form)
     shutil.copyfile(student / TAXONOMY_FILE, context.output / TAXONOMY_FILE)
     sizes = {"size_bytes": _size(context.output), "original_size_bytes": _size(student)}
     megabytes = f"{sizes['size_bytes'] / 1e6:.1f} MB instead of {sizes['original_size_bytes'] / 1e6:.1f}"
@@ -85,11 +93,31 @@ def compile_student(context: StageContext, parameters: CompileParameters) -> dic
         f"same category on {found['same_category']:.1%}, {found['offers_per_second']:,.0f} offers/s "
         f"and core instead of {found['original_offers_per_second']:,.0f}, {megabytes}"
     )
-    return found | sizes
+    return found | sizes | (compiled.metrics if compiled else {})
 
 
-def _write(folder: Path, classifier: Classifier, target: str, checkpoints: Path, progress: Progress) -> None:
-    """Compile into ``folder``; all that a model of this target consists of but its taxonomy."""
+def _compile_for_cpu(
+    context: StageContext, classifier: Classifier, sample: pa.Table, parameters: CompileParameters
+) -> Compiled | None:
+    """The graph of the best backend; None: the target is another."""
+    if parameters.target != CPU:
+        return None
+    from ml.serving.backends import compile_for_cpu
+
+    return compile_for_cpu(
+        classifier, sample, context.output, backend=parameters.backend, progress=context.progress
+    )
+
+
+def _write(
+    folder: Path,
+    classifier: Classifier,
+    target: str,
+    checkpoints: Path,
+    progress: Progress,
+    cpu: CpuForm | None = None,
+) -> None:
+    """Compile into ``folder`` all that a model of this target has but its taxonomy, and a CPU's graph."""
     traced = _compile(folder, classifier, target, checkpoints, progress)
     (folder / TOKENIZER_FILE).write_text(classifier.tokenizer.to_str(), encoding="utf-8")
     (folder / LABELS_FILE).write_bytes(msgspec.json.encode(list(classifier.labels)))
@@ -102,6 +130,7 @@ def _write(folder: Path, classifier: Classifier, target: str, checkpoints: Path,
         instruction=settings.instruction,
         temperature=settings.temperature,
         traced=traced,
+        cpu=cpu,
     ).write(folder)
 
 
@@ -109,10 +138,6 @@ def _compile(
     folder: Path, classifier: Classifier, target: str, checkpoints: Path, progress: Progress
 ) -> TracedForm | None:
     if target == CPU:
-        from ml.serving.onnx_export import export_int8
-        from ml.serving.onnx_model import MODEL_FILE
-
-        export_int8(classifier, folder / MODEL_FILE)
         return None
     from ml.serving.tracing import trace_for_neuron, trace_for_torch, trace_student
 
