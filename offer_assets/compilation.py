@@ -1,5 +1,8 @@
 """The student, compiled for the hardware that serves it: one partition per target."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import dagster as dg
 import msgspec
 
@@ -9,7 +12,7 @@ from ml.serving.neuron import DEVICE_FAMILY, SDK_VERSION
 from ml.stages import STAGES, CompileParameters
 from offer_assets import policies
 from offer_assets.checks import check_result, partitioned_check
-from offer_assets.metadata import materialization, table
+from offer_assets.metadata import MetadataMapping, materialization, table
 from offer_assets.partitions import COMPILE_TARGETS, NEURON
 from offer_assets.taxonomy import taxonomy_in_force
 from resources.compute import Compute
@@ -33,7 +36,7 @@ def compiled_student(
     compute: Compute,
     tracking: Tracking,
 ) -> dg.MaterializeResult:
-    """Servable model: int8 ONNX for `cpu`, bf16 programs for AWS Inferentia 2 for `neuron` (in its image)."""
+    """Servable model: an int8 graph for `cpu` (the fastest that is exact), bf16 programs for AWS Inferentia 2 for `neuron` (in its image)."""
     result = compute.run(
         context,
         "compiled_student",
@@ -47,7 +50,18 @@ def compiled_student(
         ),
     )
     tracking.record(result.manifest, result.ref)
-    return materialization(result)
+    return materialization(result, metadata=_backends(result.manifest.metrics))
+
+
+def _backends(metrics: Mapping[str, Any]) -> MetadataMapping:
+    """For `cpu`, the backend that was taken and every one that was tried."""
+    if "backend" not in metrics:
+        return {}
+    return {
+        "backend": metrics["backend"],
+        "backend_reason": metrics["backend_reason"],
+        "backend_candidates": table(metrics["backend_candidates"]),
+    }
 
 
 @partitioned_check(asset="compiled_student", partitions_def=COMPILE_TARGETS)
