@@ -36,7 +36,7 @@ def compiled_student(
     compute: Compute,
     tracking: Tracking,
 ) -> dg.MaterializeResult:
-    """Servable model: an int8 graph for `cpu` (the fastest that is exact), bf16 programs for AWS Inferentia 2 for `neuron` (in its image)."""
+    """Servable model: for `cpu` the fastest graph that is exact, for `neuron` bf16 programs (in its image)."""
     result = compute.run(
         context,
         "compiled_student",
