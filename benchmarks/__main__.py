@@ -9,7 +9,7 @@ _PROGRAMS = ("definitions_load", "demo_run", "throughput")
 
 
 def main() -> None:
-    """One after the other, each in its own process; throughput measures what OFFER_ASSETS_HOME serves."""
+    """One after the other, each in its own process; throughput trains tiny models for itself."""
     for program in _PROGRAMS:
         print(f"\n== {program}\n", flush=True)
         subprocess.run([sys.executable, "-m", f"benchmarks.{program}"], check=True)

@@ -31,11 +31,12 @@ from ml.demo.feed import DemoFeed
 from ml.demo.offers import CHUNK_OFFERS, OfferMaker
 from ml.demo.words import COUNTRIES, LANGUAGES, NEW_MARKETING
 from ml.drift.measures import MISSING
+from ml.drift.sample import PREDICTED
 from ml.drift.totals import DayTotals
-from ml.learning.fast_model import FastModel
-from ml.offers import CLEAN_FILE, FEED_COLUMNS, QUARANTINE_FILE, offer_texts
+from ml.offers import CLEAN_FILE, FEED_COLUMNS, QUARANTINE_FILE, offer_text
 from ml.progress import Progress
 from ml.runner import StageSpec, key_of, parameters_of, run_stage
+from ml.serving.fast_model import FastModel
 from ml.serving.predictor import Predictor
 from ml.stages import stage_named
 
@@ -320,10 +321,11 @@ class _Makes:
                 "student_checkpoint", taxonomy | sample | teacher | word, max_tokens=32, epochs=3
             )
         }
+        fast = {"fast_checkpoint": self.make("fast_checkpoint", taxonomy | sample | word)}
         return {
             **sample,
-            "fast_checkpoint": self.make("fast_checkpoint", taxonomy | sample | word),
-            "compiled_student": self.make("compiled_student", taxonomy | student | held_out),
+            **fast,
+            "compiled_student": self.make("compiled_student", taxonomy | sample | student | fast | held_out),
         }
 
 
@@ -384,37 +386,35 @@ def _quarantine_shares(makes: _Makes) -> list[dict[str, Any]]:
 
 
 class _Models:
-    """The fast model and the student; equal texts are answered once."""
+    """The compiled model and the fast model alone; equal offers are answered once."""
+
+    _COLUMNS = ("title", "brand", "shop_category", "description", "country")
 
     def __init__(self, folders: Mapping[str, Path], progress: Progress) -> None:
-        self._student = Predictor.load(folders["compiled_student"])
+        self._compiled = Predictor.load(folders["compiled_student"])
         self._fast = FastModel.load(folders["fast_checkpoint"])
         self._progress = progress
-        self._known: dict[str, tuple[int, float, int, float]] = {}
+        self._known: dict[tuple[Any, ...], dict[str, Any]] = {}
 
     def answers(self, offers: pd.DataFrame, what: str) -> dict[str, Any]:
         """Columns that the models add to offers."""
-        columns = ["title", "brand", "shop_category", "description"]
-        texts = offer_texts(pa.Table.from_pandas(offers[columns], preserve_index=False))
-        new = list(dict.fromkeys(text for text in texts if text not in self._known))
-        with self._progress.bar(f"cataloguing {what}", len(new), "texts") as bar:
+        columns = offers[list(self._COLUMNS)].astype(object)
+        keys = list(columns.where(columns.notna(), None).itertuples(index=False, name=None))
+        new = list(dict.fromkeys(key for key in keys if key not in self._known))
+        with self._progress.bar(f"cataloguing {what}", len(new), "offers") as bar:
             for start in range(0, len(new), _TEXTS_AT_ONCE):
                 self._learn(new[start : start + _TEXTS_AT_ONCE])
                 bar.update(len(new[start : start + _TEXTS_AT_ONCE]))
-        best, sure, fast_best, fast_sure = zip(*(self._known[text] for text in texts), strict=True)
-        labels = self._student.labels
-        return {
-            "category_id": [labels[place] for place in best],
-            "category_path": [self._student.taxonomy.path(labels[place]) for place in best],
-            "confidence": sure,
-            "fast_category_id": [self._fast.labels[place] for place in fast_best],
-            "fast_confidence": fast_sure,
-        }
+        return pd.DataFrame([self._known[key] for key in keys]).to_dict("list")
 
-    def _learn(self, texts: list[str]) -> None:
-        both = (model.predict_probabilities(texts) for model in (self._student, self._fast))
-        columns = [column.tolist() for p in both for column in (p.argmax(axis=1), p.max(axis=1))]
-        self._known |= zip(texts, zip(*columns, strict=True), strict=True)
+    def _learn(self, keys: list[tuple[Any, ...]]) -> None:
+        offers = [dict(zip(self._COLUMNS, key, strict=True)) for key in keys]
+        best = self._fast.predict_probabilities([offer_text(offer) for offer in offers]).argmax(axis=1)
+        for key, prediction, place in zip(keys, self._compiled.predict(offers), best, strict=True):
+            self._known[key] = {
+                **{name: getattr(prediction, name) for name in PREDICTED},
+                "fast_category_id": self._fast.labels[place],
+            }
 
 
 # What drift does to an offer

@@ -29,7 +29,7 @@ def machine() -> dict[str, Any]:
 
 def save(name: str, figures: Mapping[str, Any]) -> None:
     """Write one benchmark's result beside the others."""
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     content = {"machine": machine(), **figures}
     path = RESULTS / f"{name}.json"
     path.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n")

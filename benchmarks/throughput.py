@@ -1,109 +1,285 @@
-"""Offers per second of the models of the newest demo run, on the same offers, one after the other.
+"""Offers per second, memory and size of every model on the same offers, and how throughput grows.
 
-Needs a finished ``make demo`` (or another home in ``OFFER_ASSETS_HOME``). Takes offers of the newest
-catalogued day, warms each model up, and reports the median of three passes:
+    python -m benchmarks.throughput --models DIR            # DIR: --work of benchmarks.quality
+    python -m benchmarks.throughput                         # trains tiny models on offers of the demo feed
 
-* the teacher and the student in torch, batched, as many threads as cores,
-* the compiled student in one process of one thread, in a worker process per core, and over HTTP,
-* the fast model.
-
-Results of torch and of the compiled student include the time to make the text and to tokenize it.
+Each model is measured in a process of its own, with one thread and with all cores in the way that is best
+for it: threads where it has any, else a process per core. No two measured offers have the same text and none
+comes twice, so no cache answers for a model; what share of the offers repeats an earlier one is in the
+result. Results include making the text and tokenizing. Then, as curves: with cores, with offers (10^4 to
+10^6, streamed; 10^7 with --full), and with categories (synthetic output layers of 10^2 to 10^4).
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import statistics
-import time
-from collections.abc import Callable
+import datetime
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pyarrow.parquet as pq
 
-from benchmarks.report import save, show
-from ml.learning.encoder import Classifier
-from ml.learning.fast_model import FastModel
-from ml.offers import offer_text
-from ml.serving.pool import PredictorPool
-from ml.serving.predictor import Predictor
-from resources.environment import resources_for
-from resources.settings import Settings
+from benchmarks import one_model, report
+from benchmarks.labelled_offers import divide, duplicate_share, with_labels
+from benchmarks.one_model import Speed, Task
+from benchmarks.our_models import MODELS, QUICK, OurModel, Workshop
+from benchmarks.plots import curves
+from benchmarks.quality import MODELS_FILE, size_of
+from ml.artifacts import MANIFEST
+from ml.cores import available_cores
+from ml.demo.feed import DemoFeed
+from ml.errors import InputError
+from ml.progress import Progress
 
-_PASSES = 3
-_HTTP_BATCH = 256
+CURVES = ("cores", "offers", "categories")
+CURVE_MODELS = ("compiled", "cascade", "fast")
+OFFERS = (10_000, 100_000, 1_000_000)
+FULL_OFFERS = 10_000_000
+CATEGORIES = (100, 1_000, 10_000)
 
-Offers = list[dict[str, Any]]
+_TINY_OFFERS = 3_000
+_TINY_DAY = datetime.date(2026, 11, 1)
+
+_progress = Progress("throughput")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and report."""
+    options = _parser().parse_args(arguments)
+    try:
+        figures = run(options)
+    except InputError as error:
+        raise SystemExit(f"error: {error}") from None
+    print()
+    report.show(_columns(figures["models"]))
+    report.save(options.name, figures)
+    for curve, label in (("cores", "cores"), ("offers", "offers"), ("categories", "categories")):
+        if points := figures["curves"].get(curve):
+            path = report.RESULTS / f"{options.name}_{curve}.png"
+            _draw_curve(points, label, path)
+            print(f"drawn in {path}")
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Everything that the options ask for; returns the content of the result file.
+
+    Raises:
+        InputError: there are no models in the folder given, or a name is unknown.
+    """
+    options.work.mkdir(parents=True, exist_ok=True)
+    places = _read_models(options.models) if options.models else _tiny_models(options.work)
+    offers = Path(places["evaluation_set"]) / "offers.parquet"
+    table = pq.read_table(offers)
+    folders = {name: Path(folder) for name, folder in places["models"].items()}
+    if "compiled" in folders:
+        folders["endpoint"] = folders["compiled"]
+    if options.only is not None:
+        folders = {name: folder for name, folder in folders.items() if name in options.only}
+    asking = _Asking(options, offers)
+    rows = [_row(asking, name, folder) for name, folder in folders.items()]
+    drawn = {name: folder for name, folder in folders.items() if name in CURVE_MODELS}
+    measures: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "cores": lambda: _by_cores(asking, drawn),
+        "offers": lambda: _by_offers(asking, drawn, options),
+        "categories": lambda: _by_categories(asking, folders),
+    }
+    return {
+        "offers": table.num_rows,
+        "duplicate_share": duplicate_share(table),
+        "duplicates": "switched off: no two measured offers have the same text",
+        "seconds_per_measurement": options.seconds,
+        "models": rows,
+        "curves": {curve: measures[curve]() for curve in options.curves},
+    }
+
+
+class _Asking:
+    """Asks processes for measurements of models on the same offers."""
+
+    def __init__(self, options: argparse.Namespace, offers: Path) -> None:
+        self._options, self._offers = options, offers
+        self._number = 0
+
+    def speed(self, model: str, folder: Path, cores: int, **changes: Any) -> Speed | str:
+        """What was measured, or why nothing."""
+        self._number += 1
+        task = Task(
+            kind=changes.pop("kind", "measure"),
+            model=model,
+            folder=str(folder),
+            result=str(self._options.work / "outcomes" / f"{self._number}.json"),
+            offers=str(self._offers),
+            cores=cores,
+            seconds=self._options.seconds,
+            **changes,
+        )
+        packages = self._options.onnx_packages if model == "onnx" else None
+        outcome = one_model.run(task, packages)
+        return outcome.speed or outcome.not_run
+
+
+def _row(asking: _Asking, name: str, folder: Path) -> dict[str, Any]:
+    model = one_model.MEASURABLE[name]
+    cores = available_cores()
+    _progress.say(f"{model.title}: 1 thread, then {cores} cores")
+    row: dict[str, Any] = {
+        "model": model.title,
+        "name": name,
+        "is_ours": isinstance(model, OurModel),
+        "size_bytes": size_of(folder),
+    }
+    for key, number in (("one_thread", 1), ("all_cores", cores)):
+        row[key] = _plain(asking.speed(name, folder, number))
+    return row
+
+
+def _plain(speed: Speed | str) -> dict[str, Any]:
+    return {"not_run": speed} if isinstance(speed, str) else msgspec.to_builtins(speed)
+
+
+# Curves
+
+
+def _by_cores(asking: _Asking, folders: Mapping[str, Path]) -> list[dict[str, Any]]:
+    """Offers per second with 1 core, 2, and so on."""
+    points = []
+    for name, folder in folders.items():
+        for cores in range(1, available_cores() + 1):
+            _progress.say(f"{name}, {cores} of {available_cores()} cores")
+            points.append({"model": name, "cores": cores, **_plain(asking.speed(name, folder, cores))})
+    return points
+
+
+def _by_offers(
+    asking: _Asking, folders: Mapping[str, Path], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Offers per second and memory of so many offers in one stream; what would take too long is not run."""
+    points = []
+    sizes = (*OFFERS, FULL_OFFERS) if options.full else OFFERS
+    for name, folder in folders.items():
+        rate = 0.0
+        for size in sizes:
+            if rate and size / rate > options.longest:
+                reason = (
+                    f"would take about {size / rate / 60:.0f} min, --longest is {options.longest / 60:.0f}"
+                )
+                points.append({"model": name, "offers": size, "not_run": reason})
+                continue
+            _progress.say(f"{name}, {size:,} offers" + (f", about {size / rate:.0f} s" if rate else ""))
+            speed = asking.speed(name, folder, available_cores(), kind="stream", stream_offers=size)
+            rate = speed.offers_per_second if isinstance(speed, Speed) else rate
+            points.append({"model": name, **_plain(speed), "offers": size})
+    return points
+
+
+def _by_categories(asking: _Asking, folders: Mapping[str, Path]) -> list[dict[str, Any]]:
+    """Offers per second with output layers of so many categories, on the same encoder and n-grams."""
+    points = []
+    for name in ("compiled", "fast"):
+        for categories in CATEGORIES if name in folders and "student" in folders else ():
+            _progress.say(f"{name}, {categories:,} categories")
+            folder = folders["student" if name == "compiled" else name]
+            speed = asking.speed(name, folder, 1, categories=categories)
+            points.append({"model": name, "categories": categories, **_plain(speed)})
+    return points
+
+
+def _draw_curve(points: Sequence[Mapping[str, Any]], axis: str, path: Path) -> None:
+    series: dict[str, list[tuple[float, float]]] = {}
+    for point in points:
+        if "offers_per_second" in point:
+            series.setdefault(one_model.MEASURABLE[point["model"]].title, []).append(
+                (point[axis], point["offers_per_second"])
+            )
+    curves(
+        series,
+        path,
+        title=f"Throughput with {axis}",
+        x_label=axis if axis != "offers" else "offers in one stream",
+        y_label="offers per second",
+        logarithmic=axis != "cores",
+    )
+
+
+# Models
+
+
+def _read_models(folder: Path) -> dict[str, Any]:
+    path = folder / MODELS_FILE
+    try:
+        places: dict[str, Any] = msgspec.json.decode(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(
+            f"{path} is missing: give the --work folder of a finished benchmarks.quality"
+        ) from None
+    if gone := [place for place in places["models"].values() if not (Path(place) / MANIFEST).exists()]:
+        raise InputError(f"{gone[0]}, which {path} names, is gone; run benchmarks.quality again")
+    return places
+
+
+def _tiny_models(work: Path) -> dict[str, Any]:
+    """This project's models, trained for a minute on offers of the demo feed."""
+    _progress.say(f"training tiny models on {_TINY_OFFERS:,} offers of the demo feed")
+    feed = DemoFeed(offers_per_day=_TINY_OFFERS)
+    table = next(feed.chunks(_TINY_DAY))
+    truth = {row["offer_id"]: row["category_id"] for row in feed.true_categories(_TINY_DAY).to_pylist()}
+    divided = divide(with_labels(table, truth), "product", 0.3, 17)
+    workshop = Workshop(work, QUICK)
+    inputs = {
+        "catalog_taxonomy": workshop.taxonomy(feed.write_taxonomy(work / "taxonomy")),
+        "training_sample": workshop.training_sample(divided.train, "product", 0.1, 17),
+        "evaluation_set": workshop.evaluation_set(divided.test, "product", 0.3, 17),
+    }
+    made = dict(workshop.train(inputs))
+    return {
+        "models": {model.name: str(made[model.stage]) for model in MODELS},
+        **{name: str(folder) for name, folder in inputs.items()},
+    }
+
+
+# Table and options
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    shown = []
+    for row in rows:
+        one, all_cores = row["one_thread"], row["all_cores"]
+        peak = all_cores.get("peak_memory_bytes")
+        shown.append(
+            {
+                "model": row["model"],
+                "1 thread/s": _rounded(one.get("offers_per_second")),
+                "all cores/s": _rounded(all_cores.get("offers_per_second")),
+                "peak MB": None if peak is None else round(peak / 1e6),
+                "MB": round(row["size_bytes"] / 1e6, 1),
+                "not run": one.get("not_run") or all_cores.get("not_run"),
+            }
+        )
+    return shown
+
+
+def _rounded(value: float | None) -> int | None:
+    return None if value is None else round(value)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--offers", type=int, default=2_000, help="offers per pass")
-    options = parser.parse_args()
-    resources = resources_for(Settings.from_environment())
-    store = resources["artifact_store"]
-
-    def folder(asset: str) -> Path:
-        ref = store.read_pointer(asset)
-        if ref is None:
-            raise SystemExit(f"there is no {asset} yet: run `make demo` first")
-        return Path(store.fetch(ref))
-
-    day = max(store.list_pointers("catalogued_offers"))
-    table = pq.read_table(folder(f"offers/{day}") / "offers.parquet").slice(0, options.offers)
-    offers: Offers = table.to_pylist()
-    workers = os.cpu_count() or 1
-
-    def texts(batch: Offers) -> list[str]:
-        return [offer_text(offer) for offer in batch]
-
-    teacher, student = (
-        Classifier.load(folder("teacher_checkpoint")),
-        Classifier.load(folder("student_checkpoint")),
+    parser.add_argument("--name", default="throughput", help="of the result files")
+    parser.add_argument("--models", type=Path, metavar="DIR", help="work folder of benchmarks.quality")
+    parser.add_argument("--work", type=Path, default=Path(".benchmarks/throughput"))
+    parser.add_argument("--only", nargs="*", choices=list(one_model.MEASURABLE))
+    parser.add_argument("--curves", nargs="*", choices=CURVES, default=list(CURVES))
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement, about")
+    parser.add_argument(
+        "--longest", type=float, default=240.0, help="seconds that one point of a curve may take"
     )
-    fast, compiled = FastModel.load(folder("fast_checkpoint")), Predictor.load(folder("offer_endpoint"))
-    rows = [
-        _measured("teacher, torch fp32", offers, lambda batch: teacher.predict_probabilities(texts(batch))),
-        _measured("student, torch fp32", offers, lambda batch: student.predict_probabilities(texts(batch))),
-        _measured("student, int8, 1 thread", offers, compiled.predict),
-        _measured("fast model", offers, lambda batch: fast.predict_probabilities(texts(batch))),
-    ]
-    with PredictorPool(folder("offer_endpoint"), workers) as pool:
-        rows.append(
-            _measured(
-                f"student, int8, {workers} workers", offers, lambda batch: list(pool.predict(_batches(batch)))
-            )
-        )
-    endpoints = resources["endpoints"]
-    if endpoints.status() is not None:
-        rows.append(_measured("student, int8, endpoint", offers, endpoints.invoke))
-    show(rows)
-    save("throughput", {"offers": len(offers), "models": rows})
-
-
-def _batches(offers: Offers) -> list[Offers]:
-    return [offers[start : start + _HTTP_BATCH] for start in range(0, len(offers), _HTTP_BATCH)]
-
-
-def _measured(name: str, offers: Offers, predict: Callable[[Offers], object]) -> dict[str, Any]:
-    """Median offers per second; every pass sees other texts, so that no cache answers for the model."""
-    predict(offers[:64])
-    rates = []
-    for number in range(_PASSES):
-        fresh = [{**offer, "title": f"{offer['title']} {number}"} for offer in offers]
-        started_at = time.perf_counter()
-        predict(fresh)
-        rates.append(len(fresh) / (time.perf_counter() - started_at))
-    return {
-        "model": name,
-        "offers_per_second": statistics.median(rates),
-        "lowest": min(rates),
-        "highest": max(rates),
-    }
+    parser.add_argument("--full", action="store_true", help=f"also {FULL_OFFERS:,} offers in one stream")
+    parser.add_argument("--onnx-packages", type=Path, help="as of benchmarks.quality")
+    return parser
 
 
 if __name__ == "__main__":

@@ -46,6 +46,12 @@ def _parser() -> argparse.ArgumentParser:
         commands, "classify", "ml.serving.classify", "Assign a category to every offer of a feed file."
     )
     _add_program(
+        commands,
+        "explain",
+        "ml.explanation.command",
+        "Say which words and labelled offers led to a category.",
+    )
+    _add_program(
         commands, "serve", "ml.serving.server", "Answer /ping and /invocations with a compiled model."
     )
     _add_program(commands, "train", "ml.training_job", "Run the stage that lies in /opt/ml, in a container.")
@@ -109,7 +115,7 @@ def _add_stage(commands: Any, stage: Stage) -> None:
             dest=f"inputs:{name}",
         )
     for field in msgspec.structs.fields(stage.parameters):
-        has_default = field.default is not msgspec.NODEFAULT  # a list has a factory instead
+        has_default = field.default is not msgspec.NODEFAULT  # a list or dict has a factory instead
         command.add_argument(
             _flag(field.name),
             dest=f"parameter:{field.name}",
@@ -180,7 +186,7 @@ def _typed(name: str, value: Any, wanted: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        if typing.get_origin(_plain(wanted)) is list:
+        if typing.get_origin(_plain(wanted)) in (list, dict):
             return msgspec.json.decode(value)
         return msgspec.to_builtins(msgspec.convert(value, wanted, strict=False))
     except (msgspec.ValidationError, msgspec.DecodeError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +28,9 @@ class Progress:
         tqdm.write(f"{self._stage}: {message}", file=sys.stderr)
         if self._listener is not None:
             self._listener(message)
+
+    def figures(self, point: Mapping[str, int | float]) -> None:
+        """A point of a learning curve, as soon as it is known; who watches a training may end it."""
 
     @contextmanager
     def bar(self, what: str, total: int | None, unit: str, done: int = 0) -> Iterator[Bar]:

@@ -101,7 +101,7 @@ def parameters_of(stage: Stage, given: Mapping[str, Any]) -> Parameters:
 
 def key_of(stage: Stage, parameters: Parameters, input_digests: Mapping[str, str]) -> str:
     """Key of the artifact that ``stage`` makes of these inputs and parameters."""
-    return artifact_key(stage.name, stage.version, _relevant(stage, parameters), input_digests)
+    return artifact_key(stage.name, stage.version, relevant_parameters(stage, parameters), input_digests)
 
 
 def run_stage(spec: StageSpec, progress: Progress | None = None) -> ArtifactRef | None:
@@ -159,7 +159,7 @@ def run_stage(spec: StageSpec, progress: Progress | None = None) -> ArtifactRef 
             inputs=digests,
             code_version=stage.version,
             code_revision=code_revision(),
-            parameters=_relevant(stage, parameters),
+            parameters=relevant_parameters(stage, parameters),
             metrics=metrics,
             seconds=time.monotonic() - started_at,
         )
@@ -249,7 +249,7 @@ def _forget_other_work(kept: Path, key: str) -> None:
         mark.write_text(key, encoding="utf-8")
 
 
-def _relevant(stage: Stage, parameters: Parameters) -> dict[str, Any]:
+def relevant_parameters(stage: Stage, parameters: Parameters) -> dict[str, Any]:
     """Parameters that decide what comes out. The others may hold credentials (addresses of files, say)."""
     return {
         field.name: msgspec.to_builtins(getattr(parameters, field.name))

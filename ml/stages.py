@@ -205,6 +205,32 @@ class TeacherParameters(EncoderChoice, frozen=True, kw_only=True):
     ancestor_loss: Annotated[
         float, Meta(ge=0, description="Weight of the loss at each level above the leaf.")
     ] = 0.3
+    pretraining_epochs: Annotated[
+        int, Meta(ge=0, description="Passes over all offers, labelled or not, before the labels; 0: none.")
+    ] = 0
+    category_names: Annotated[
+        bool, Meta(description="Whether each category's path counts as one more labelled text.")
+    ] = True
+    cold_categories: Annotated[
+        bool,
+        Meta(description="Whether leaves without a labelled offer are answers too, by name and path alone."),
+    ] = False
+    lora_rank: Annotated[
+        int, Meta(ge=0, description="Rank of low-rank adapters; 0: all weights are trained.")
+    ] = 0
+    pseudo_label_epochs: Annotated[
+        int, Meta(ge=0, description="Passes of a second training, on confident guesses too; 0: none.")
+    ] = 0
+    pseudo_label_confidence: Annotated[
+        Share, Meta(description="Unlabelled offers of which the encoder is this sure are taken.")
+    ] = 0.9
+    logit_adjustment: Annotated[
+        float | None,
+        Meta(description="How far to lean towards rare categories, 0 to 1; null: as validation says."),
+    ] = None
+    ensemble: Annotated[
+        bool, Meta(description="Whether a linear model answers together with the encoder.")
+    ] = True
     checkpoint_seconds: Annotated[
         float, Meta(gt=0, description="Time between two checkpoints.", extra=OPERATIONAL)
     ] = 20.0
@@ -241,6 +267,12 @@ class StudentParameters(Parameters, frozen=True, kw_only=True):
     batch_size: Count = 32
     learning_rate: Annotated[float, Meta(gt=0, description="Peak rate of the encoder (AdamW).")] = 2e-4
     head_learning_rate: Annotated[float, Meta(gt=0, description="Peak rate of the output layer.")] = 1e-3
+    trim_vocabulary: Annotated[
+        bool, Meta(description="Keep only the tokens that the sample's texts use, and single characters.")
+    ] = True
+    distillation_weight: Annotated[
+        Share, Meta(description="Weight of the teacher's word; 0: learn from the labelled offers alone.")
+    ] = 1.0
     label_weight: Annotated[
         Share, Meta(description="Weight of labels beside the teacher's word, on labelled offers.")
     ] = 0.3
@@ -257,12 +289,96 @@ class StudentParameters(Parameters, frozen=True, kw_only=True):
 class FastModelParameters(Parameters, frozen=True, kw_only=True):
     """Parameters of ``fast_checkpoint``."""
 
-    max_features: Annotated[Count, Meta(description="n-grams kept, the most frequent first.")] = 60_000
-    regularisation: Annotated[float, Meta(gt=0, description="C of the linear support vector machine.")] = 1.0
+    max_features: Annotated[
+        Count,
+        Meta(description="n-grams kept of titles, and as many of whole texts, the most frequent first."),
+    ] = 100_000
+    regularisation: Annotated[float, Meta(gt=0, description="C of the linear support vector machines.")] = 2.0
     pseudo_label_confidence: Annotated[
         Share,
         Meta(description="Unlabelled offers of which the teacher is this sure are trained on too; 1: none."),
     ] = 0.9
+    label_weight: Annotated[
+        Share, Meta(description="Weight of labels on labelled offers; the teacher's word gets the rest.")
+    ] = 1.0
+    class_balance: Annotated[
+        float,
+        Meta(
+            ge=0,
+            description="What the negative logarithm of a category's share of the offers adds to its margin.",
+        ),
+    ] = 0.02
+    rank: Annotated[
+        int,
+        Meta(ge=0, description="Margins are combinations of so many directions; 0: of one per category."),
+    ] = 0
+    seed: Seed = 17
+
+
+class ComparedEncoder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One candidate of ``encoder_comparison``."""
+
+    encoder: str
+    """``packaged-minilm``, a hub id, a local folder or a URI."""
+    layers: Annotated[int, Meta(ge=0)] = 0
+    """Encoder layers kept, spread evenly over the original's; 0: all."""
+    digest: str = ""
+    """SHA-256 of the encoder's weights; empty: not checked."""
+
+    @property
+    def name(self) -> str:
+        """As settings and the launchpad write it: ``packaged-minilm:3``."""
+        return f"{self.encoder}:{self.layers}" if self.layers else self.encoder
+
+
+class EncoderComparisonParameters(Parameters, frozen=True, kw_only=True):
+    """Parameters of ``encoder_comparison``."""
+
+    encoders: Annotated[
+        list[ComparedEncoder],
+        Meta(min_length=1, description="Encoders to compare (encoder, layers, digest)."),
+    ]
+    training: Annotated[
+        dict[str, Any],
+        Meta(description="Parameters of teacher_checkpoint with which each is trained, but for the encoder."),
+    ] = {}
+    machine: Annotated[
+        str,
+        Meta(
+            description="What it is measured on; must be this machine. Empty: any. Others have other speeds."
+        ),
+    ] = ""
+    timed_offers: Annotated[Count, Meta(description="Offer texts whose prediction is timed.")] = 256
+    attempt: Annotated[Count, Meta(description="Another number measures again what did not change.")] = 1
+
+
+class HyperparameterSearchParameters(Parameters, frozen=True, kw_only=True):
+    """Parameters of ``hyperparameter_search``."""
+
+    model: Annotated[
+        Literal["teacher", "student", "fast"], Meta(description="Whose parameters are searched.")
+    ]
+    encoder: Annotated[
+        str, Meta(description="Encoder of teacher or student, as there; the fast model has none.")
+    ] = "packaged-minilm"
+    encoder_digest: Annotated[
+        str, Meta(description="SHA-256 of the encoder's weights; empty: not checked.")
+    ] = ""
+    fixed: Annotated[
+        dict[str, Any],
+        Meta(description="Parameters of the model as they are set; the first trial has them all."),
+    ] = {}
+    searched: Annotated[
+        list[str],
+        Meta(description="Names of the parameters that vary; none: those that the search space proposes."),
+    ] = []
+    trials: Annotated[Count, Meta(description="Trials at most, those that are given up early counted.")] = 20
+    budget_seconds: Annotated[
+        float, Meta(ge=0, description="No trial begins once the trials took so long together; 0: no limit.")
+    ] = 3_600.0
+    startup_trials: Annotated[
+        Count, Meta(description="Trials that are drawn at random and finished, before the search learns.")
+    ] = 5
     seed: Seed = 17
 
 
@@ -275,6 +391,13 @@ class EvaluationParameters(Parameters, frozen=True, kw_only=True):
         Count, Meta(description="Segments with fewer offers (or 10 products) are not compared.")
     ] = 30
     seed: Seed = 17
+
+
+class MistakesExplainedParameters(Parameters, frozen=True, kw_only=True):
+    """Parameters of ``mistakes_explained``."""
+
+    mistakes: Annotated[Count, Meta(description="Mistakes that are explained, the surest first.")] = 12
+    similar: Annotated[Count, Meta(description="Similar labelled offers shown with each.")] = 5
 
 
 class CompileParameters(Parameters, frozen=True, kw_only=True):
@@ -293,6 +416,27 @@ class CompileParameters(Parameters, frozen=True, kw_only=True):
         str,
         Meta(description="Version of torch-neuronx that has to compile; empty: whichever is there."),
     ] = ""
+    max_loss: Annotated[
+        float,
+        Meta(
+            gt=0,
+            lt=1,
+            description="Accuracy that the fast model's answers may cost against asking the student about "
+            "every offer, kept with 95 % confidence.",
+        ),
+    ] = 0.01
+    min_precision: Annotated[
+        float,
+        Meta(
+            gt=0,
+            lt=1,
+            description="Share of right answers among those not marked for review, with 95 % confidence.",
+        ),
+    ] = 0.9
+    country_offers: Annotated[
+        Count,
+        Meta(description="Validation offers from which on a country has a threshold of its own."),
+    ] = 1_000
 
 
 class RenamedStudentParameters(Parameters, frozen=True, kw_only=True):
@@ -350,12 +494,6 @@ class DriftReferenceParameters(Parameters, frozen=True, kw_only=True):
     max_offers: Annotated[
         Count, Meta(description="The same of all days together; with more days each gives fewer.")
     ] = 30_000
-    escalate_below: Annotated[
-        Share, Meta(description="An offer of which the fast model is less sure goes to the student.")
-    ] = 0.8
-    review_below: Annotated[
-        Share, Meta(description="An offer of which the student is less sure goes to a person.")
-    ] = 0.5
     seed: Seed = 17
 
 
@@ -517,8 +655,8 @@ _CATALOGUE = (
     ),
     Stage(
         name="teacher_checkpoint",
-        version="2",
-        summary="Fine-tune the large encoder on the labelled offers.",
+        version="3",
+        summary="Fine-tune the large encoder on the labelled offers, beside a linear model.",
         entry_point="ml.learning.teacher:train_teacher",
         parameters=TeacherParameters,
         inputs=("training_sample", "catalog_taxonomy"),
@@ -527,7 +665,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="teacher_labels",
-        version="1",
+        version="2",
         summary="Let the teacher label labelled and unlabelled offers (top-k logits).",
         entry_point="ml.learning.labelling:write_teacher_labels",
         parameters=TeacherLabelsParameters,
@@ -536,7 +674,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="fast_checkpoint",
-        version="2",
+        version="3",
         summary="Train the traditional model: n-grams and a linear classifier.",
         entry_point="ml.learning.fast_model:train_fast_model",
         parameters=FastModelParameters,
@@ -545,7 +683,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="student_checkpoint",
-        version="2",
+        version="3",
         summary="Distil the teacher into a small encoder.",
         entry_point="ml.learning.student:train_student",
         parameters=StudentParameters,
@@ -554,8 +692,27 @@ _CATALOGUE = (
         heavy=True,
     ),
     Stage(
+        name="encoder_comparison",
+        version="1",
+        summary="Train several encoders alike and compare quality, throughput and size.",
+        entry_point="ml.learning.encoder_comparison:compare_encoders",
+        parameters=EncoderComparisonParameters,
+        inputs=("training_sample", "catalog_taxonomy"),
+        heavy=True,
+    ),
+    Stage(
+        name="hyperparameter_search",
+        version="1",
+        summary="Search for better parameters of teacher, student or fast model.",
+        entry_point="ml.learning.hyperparameter_search:search_hyperparameters",
+        parameters=HyperparameterSearchParameters,
+        inputs=("training_sample", "catalog_taxonomy"),
+        optional_inputs=("teacher_checkpoint", "teacher_labels"),
+        heavy=True,
+    ),
+    Stage(
         name="student_evaluation",
-        version="3",
+        version="4",
         summary="Measure teacher, student, fast model and the version in production on the evaluation set.",
         entry_point="ml.evaluation.stage:evaluate_student",
         parameters=EvaluationParameters,
@@ -570,12 +727,27 @@ _CATALOGUE = (
         heavy=True,
     ),
     Stage(
+        name="mistakes_explained",
+        version="1",
+        summary="Say which words and which labelled offers led to the student's most confident mistakes.",
+        entry_point="ml.explanation.mistakes:explain_mistakes",
+        parameters=MistakesExplainedParameters,
+        inputs=("student_evaluation", "evaluation_set", "student_checkpoint", "training_sample"),
+        heavy=True,
+    ),
+    Stage(
         name="compiled_student",
-        version="2",
-        summary="Compile the student for a target and compare it with the original.",
+        version="3",
+        summary="Compile the student for a target, put the fast model before it, compare with the original.",
         entry_point="ml.serving.compilation:compile_student",
         parameters=CompileParameters,
-        inputs=("student_checkpoint", "evaluation_set", "catalog_taxonomy"),
+        inputs=(
+            "student_checkpoint",
+            "fast_checkpoint",
+            "training_sample",
+            "evaluation_set",
+            "catalog_taxonomy",
+        ),
         heavy=True,
     ),
     Stage(
@@ -605,7 +777,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="transform_input",
-        version="1",
+        version="2",
         summary="Prepare a day's clean offers for a bulk job, without those that captured answers cover.",
         entry_point="ml.serving.transform_input:write_transform_input",
         parameters=TransformInputParameters,
@@ -613,7 +785,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="catalogued_offers",
-        version="1",
+        version="2",
         summary="Catalogue the clean offers of a day through the endpoint.",
         entry_point="ml.serving.cataloguing:catalogue_offers",
         parameters=CataloguedOffersParameters,
@@ -622,7 +794,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="drift_reference",
-        version="1",
+        version="2",
         summary="Measure what is usual on the days that the serving model was trained on.",
         entry_point="ml.drift.reference:write_drift_reference",
         parameters=DriftReferenceParameters,
@@ -633,7 +805,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="drift_report",
-        version="2",
+        version="3",
         summary="Hold a day of catalogued offers against the reference, question by question.",
         entry_point="ml.drift.report:write_drift_report",
         parameters=DriftParameters,
@@ -652,7 +824,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="live_quality",
-        version="1",
+        version="2",
         summary="Measure the categories that were given against what people decided later.",
         entry_point="ml.quality.live:write_live_quality",
         parameters=LiveQualityParameters,

@@ -1,6 +1,7 @@
 """The student, compiled for the hardware that serves it: one partition per target."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -8,11 +9,11 @@ import msgspec
 
 from ml.artifacts import ArtifactRef
 from ml.evaluation import gate
-from ml.serving.neuron import DEVICE_FAMILY, SDK_VERSION
+from ml.serving.neuron import DEVICE_FAMILY, REFERENCE, SDK_VERSION
 from ml.stages import STAGES, CompileParameters
 from offer_assets import policies
 from offer_assets.checks import check_result, partitioned_check
-from offer_assets.metadata import MetadataMapping, materialization, table
+from offer_assets.metadata import MetadataMapping, materialization, picture, table
 from offer_assets.partitions import COMPILE_TARGETS, NEURON
 from offer_assets.taxonomy import taxonomy_in_force
 from resources.compute import Compute
@@ -31,17 +32,24 @@ from resources.tracking import Tracking
 def compiled_student(
     context: dg.AssetExecutionContext,
     student_checkpoint: ArtifactRef,
+    fast_checkpoint: ArtifactRef,
+    training_sample: ArtifactRef,
     evaluation_set: ArtifactRef,
     taxonomy_change: ArtifactRef,
     compute: Compute,
     tracking: Tracking,
 ) -> dg.MaterializeResult:
-    """Servable model: for `cpu` the fastest graph that is exact, for `neuron` bf16 programs (in its image)."""
+    """Servable model: the fastest exact graph for `cpu`, bf16 programs for `neuron` (AWS Inferentia 2).
+
+    The fast model stands before it and answers what it is sure of.
+    """
     result = compute.run(
         context,
         "compiled_student",
         {
             "student_checkpoint": student_checkpoint,
+            "fast_checkpoint": fast_checkpoint,
+            "training_sample": training_sample,
             "evaluation_set": evaluation_set,
             "catalog_taxonomy": taxonomy_in_force(taxonomy_change, compute),
         },
@@ -50,7 +58,10 @@ def compiled_student(
         ),
     )
     tracking.record(result.manifest, result.ref)
-    return materialization(result, metadata=_backends(result.manifest.metrics))
+    metrics = result.ref.metrics
+    return materialization(
+        result, metadata=_backends(metrics) | _cascade_metadata(compute.folder(result.ref), metrics)
+    )
 
 
 def _backends(metrics: Mapping[str, Any]) -> MetadataMapping:
@@ -62,6 +73,36 @@ def _backends(metrics: Mapping[str, Any]) -> MetadataMapping:
         "backend_reason": metrics["backend_reason"],
         "backend_candidates": table(metrics["backend_candidates"]),
     }
+
+
+def _cascade_metadata(folder: Path, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Thresholds by country, and what they cost."""
+    from ml.evaluation.cascade import cascade_pictures
+    from ml.serving.cascade import CascadeSettings
+
+    thresholds = [
+        {"country": country or "all others", **msgspec.to_builtins(threshold)}
+        for country, threshold in CascadeSettings.read(folder).thresholds.items()
+    ]
+    pictures = cascade_pictures(_of_what_ran(metrics))
+    return {
+        "thresholds": table(thresholds),
+        **{name: picture(content) for name, content in pictures.items()},
+    }
+
+
+def _of_what_ran(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics by one name each, those of a reference beside those of a model that ran itself."""
+    return {name.removeprefix(REFERENCE): value for name, value in metrics.items()}
+
+
+@partitioned_check(asset="compiled_student", partitions_def=COMPILE_TARGETS)
+def cascade_keeps_the_student(
+    context: dg.AssetCheckExecutionContext, compiled_student: ArtifactRef
+) -> dg.AssetCheckResult:
+    """What the fast model answers costs no more accuracy than stated; for `neuron` its reference says so."""
+    metrics = _of_what_ran(compiled_student.metrics)
+    return check_result(gate.cascade_keeps_the_student(metrics, policies.GATE))
 
 
 @partitioned_check(asset="compiled_student", partitions_def=COMPILE_TARGETS)

@@ -23,6 +23,9 @@ CATALOGUE_DAY = "catalogue_day"
 PROCESS_DAY = "process_day"
 MEASURE_QUALITY = "measure_quality"
 BENCHMARK_SERVING = "benchmark_serving"
+COMPARE_ENCODERS = "compare_encoders"
+SEARCH_HYPERPARAMETERS = "search_hyperparameters"
+EXPLAIN_MISTAKES = "explain_mistakes"
 
 _WEEKS_LOOKED_AT = 4
 """An outage of the whole feed is noticed for so long; a feed of workdays is expected on workdays only."""
@@ -115,6 +118,27 @@ benchmark_serving = dg.define_asset_job(
     "and say which instance serves the peak load at the least cost. By hand: no release waits for it.",
 )
 
+compare_encoders = dg.define_asset_job(
+    COMPARE_ENCODERS,
+    selection=dg.AssetSelection.assets("encoder_comparison"),
+    description="Train several encoders alike on the training sample, and compare quality, throughput and "
+    "size. By hand: a training per encoder, and the log says first how long that may take.",
+)
+
+search_hyperparameters = dg.define_asset_job(
+    SEARCH_HYPERPARAMETERS,
+    selection=dg.AssetSelection.assets("hyperparameter_search"),
+    description="Look for better parameters of the teacher, the student or the fast model (the partition): "
+    "trials until their number or the budget is reached. By hand: what it finds is shown, not applied.",
+)
+
+explain_mistakes = dg.define_asset_job(
+    EXPLAIN_MISTAKES,
+    selection=dg.AssetSelection.assets("mistakes_explained"),
+    description="Say which words and which labelled offers led to the student's most confident mistakes. By "
+    "hand: no release waits for it.",
+)
+
 JOBS = [
     adopt_taxonomy,
     refresh_names,
@@ -126,6 +150,9 @@ JOBS = [
     process_day,
     measure_quality,
     benchmark_serving,
+    compare_encoders,
+    search_hyperparameters,
+    explain_mistakes,
 ]
 
 

@@ -8,7 +8,7 @@ import msgspec
 from pydantic import Field
 
 from ml.artifacts import ArtifactRef
-from ml.stages import STAGES, FastModelParameters
+from ml.stages import STAGES
 from offer_assets import policies
 from offer_assets.metadata import materialization, picture, row_count
 from offer_assets.plan import TrainingPlan
@@ -99,6 +99,7 @@ def fast_checkpoint(
     taxonomy_change: ArtifactRef,
     compute: Compute,
     tracking: Tracking,
+    plan: TrainingPlan,
 ) -> dg.MaterializeResult:
     """The traditional model: n-grams and a linear classifier, on human and confident teacher labels."""
     result = compute.run(
@@ -109,7 +110,7 @@ def fast_checkpoint(
             "teacher_labels": teacher_labels,
             "catalog_taxonomy": taxonomy_in_force(taxonomy_change, compute),
         },
-        FastModelParameters(),
+        plan.fast_model(),
     )
     tracking.record(result.manifest, result.ref)
     return materialization(result)

@@ -6,8 +6,12 @@ import datetime
 
 import dagster as dg
 
+from ml.learning.search_space import STAGE_OF
+
 CPU = "cpu"
 NEURON = "neuron"
+
+SEARCHED_MODELS = dg.StaticPartitionsDefinition(list(STAGE_OF))
 
 COMPILE_TARGETS = dg.StaticPartitionsDefinition([CPU, NEURON])
 

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import dagster as dg
 from pydantic import Field
 
-from ml.learning.encoder_files import encoder_digest
+from ml.errors import InputError
+from ml.learning.encoder_files import encoder_digest, split_layers
+from ml.learning.search_space import STAGE_OF, SearchedModel
+from ml.runner import relevant_parameters
 from ml.serving.device_report import DeviceReport
+from ml.serving.machine import this_machine
 from ml.serving.prices import read_prices
 from ml.stages import (
+    STAGES,
+    ComparedEncoder,
+    EncoderComparisonParameters,
     EvaluationSetParameters,
+    FastModelParameters,
+    HyperparameterSearchParameters,
     MigratedLabelsParameters,
+    Parameters,
     ServingBenchmarkParameters,
     StudentParameters,
     TeacherLabelsParameters,
@@ -22,6 +33,17 @@ from ml.stages import (
 from offer_assets import policies
 from resources.failures import input_errors_fail_plainly
 from resources.settings import DEFAULT_CHECKS, Settings
+
+SETTING_OF: dict[str, dict[str, str]] = {
+    "teacher": {"learning_rate": "teacher_learning_rate", "epochs": "teacher_epochs"},
+    "student": {
+        "learning_rate": "student_learning_rate",
+        "label_weight": "student_label_weight",
+        "layers": "student_layers",
+    },
+    "fast": {"regularisation": "fast_regularisation"},
+}
+"""Parameters of a model that can be set, of those that a search varies: field of the plan, by parameter."""
 
 
 class TrainingPlan(dg.ConfigurableResource):
@@ -35,9 +57,16 @@ class TrainingPlan(dg.ConfigurableResource):
     unlabelled_offers: int = Field(description="At most this many unlabelled offers in the sample.")
     cap_per_category: int = Field(description="At most this many labelled offers of a category.")
     teacher_epochs: int = Field(description="Passes of the teacher over the labelled offers.")
+    teacher_learning_rate: float = Field(description="Peak learning rate of the teacher's encoder.")
     student_encoder: str = Field(description="'teacher' (layers of it) or an encoder as for the teacher.")
     student_layers: int = Field(description="Encoder layers of the student.")
     student_epochs: int = Field(description="Passes of the student over the teacher's labels.")
+    student_learning_rate: float = Field(description="Peak learning rate of the student's encoder.")
+    student_label_weight: float = Field(description="What labels count beside the teacher's word.")
+    fast_regularisation: float = Field(description="C of the fast model.")
+    encoders_compared: str = Field(
+        description="Encoders that are compared, separated by commas; encoder:layers keeps that many layers."
+    )
     devices: int = Field(description="Processes on each machine that share the work; 0: one per GPU.")
     warm_start: bool = Field(description="Whether a training that may start warm does.")
     warm_teacher_epochs: int = Field(description="Passes of a teacher that starts warm.")
@@ -74,6 +103,7 @@ class TrainingPlan(dg.ConfigurableResource):
             instruction=self.instruction,
             max_tokens=self.max_tokens,
             epochs=self.warm_teacher_epochs if warm else self.teacher_epochs,
+            learning_rate=self.teacher_learning_rate,
             devices=self.devices,
         )
 
@@ -89,8 +119,95 @@ class TrainingPlan(dg.ConfigurableResource):
             layers=self.student_layers,
             max_tokens=self.max_tokens,
             epochs=self.warm_student_epochs if warm else self.student_epochs,
+            learning_rate=self.student_learning_rate,
+            label_weight=self.student_label_weight,
             devices=self.devices,
         )
+
+    def fast_model(self) -> FastModelParameters:
+        """Parameters of ``fast_checkpoint``."""
+        return FastModelParameters(regularisation=self.fast_regularisation)
+
+    @input_errors_fail_plainly()
+    def encoder_comparison(self, encoders: Sequence[str], attempt: int) -> EncoderComparisonParameters:
+        """Parameters of ``encoder_comparison`` on this machine; each encoder is trained as the teacher is.
+
+        Args:
+            encoders: ``encoder`` or ``encoder:layers`` each; none: those of the plan.
+            attempt: Another number measures again what did not change.
+
+        Raises:
+            InputFailure: there is no encoder to compare, or it is none.
+        """
+        chosen = [text.strip() for text in encoders or self.encoders_compared.split(",") if text.strip()]
+        if not chosen:
+            raise InputError("no encoder to compare: name some in encoders or OFFER_ASSETS_ENCODERS_COMPARED")
+        return EncoderComparisonParameters(
+            encoders=[_compared(text) for text in chosen],
+            training=_relevant("teacher", self.teacher(), "encoder", "encoder_digest", "ensemble"),
+            machine=this_machine().description,
+            attempt=attempt,
+        )
+
+    def hyperparameter_search(
+        self, model: SearchedModel, searched: Sequence[str], trials: int, minutes: float, seed: int
+    ) -> HyperparameterSearchParameters:
+        """Parameters of ``hyperparameter_search``, which begins where the plan is.
+
+        Args:
+            model: Whose parameters are searched.
+            searched: Which of them; none: those that the search space proposes.
+            trials: At most.
+            minutes: After which no trial begins; 0: no limit.
+            seed: Of what is tried.
+        """
+        set_now = {"teacher": self.teacher, "student": self.student, "fast": self.fast_model}[model]()
+        encoder = {
+            name: getattr(set_now, name) for name in ("encoder", "encoder_digest") if hasattr(set_now, name)
+        }
+        return HyperparameterSearchParameters(
+            model=model,
+            fixed=_relevant(model, set_now, "encoder", "encoder_digest"),
+            searched=list(searched),
+            trials=trials,
+            budget_seconds=float(minutes * 60),  # as the runner reads it: part of the key
+            seed=seed,
+            **encoder,
+        )
+
+
+def setting_lines(model: str, chosen: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """What a search found, as lines for ``.env``.
+
+    Args:
+        model: Whose parameters these are.
+        chosen: Values by parameter.
+
+    Returns:
+        The lines, and the names of the parameters that have no setting.
+    """
+    fields = SETTING_OF[model]
+    lines = [
+        f"{Settings.model_fields[fields[name]].validation_alias}={value}"
+        for name, value in chosen.items()
+        if name in fields
+    ]
+    return lines, [name for name in chosen if name not in fields]
+
+
+def _compared(text: str) -> ComparedEncoder:
+    encoder, layers = split_layers(text)
+    try:
+        digest = encoder_digest(encoder)
+    except InputError:
+        digest = ""  # the comparison says what is wrong with it, beside the figures of the others
+    return ComparedEncoder(encoder=encoder, layers=layers, digest=digest)
+
+
+def _relevant(model: str, parameters: Parameters, *without: str) -> dict[str, Any]:
+    """What decides how a model comes out, but for parameters that are given otherwise."""
+    relevant = relevant_parameters(STAGES[STAGE_OF[model]], parameters)
+    return {name: value for name, value in relevant.items() if name not in without}
 
 
 class RetrainPolicy(dg.ConfigurableResource):

@@ -22,6 +22,7 @@ _GPU = "ml.g6.xlarge"
 """One GPU that computes bf16: the smallest that trains the large encoders."""
 _ONLY_HERE = {
     "catalogued_offers": "it asks the endpoint, and jobs have no network",
+    "encoder_comparison": "it measures this machine, and jobs have no network to get encoders from",
     "serving_measurement": "it measures this machine; on another one, run python -m ml device-report",
 }
 """Stages that cannot be jobs, and why."""
@@ -54,7 +55,10 @@ _DEFAULTS: dict[str, JobMachines] = {
     "teacher_checkpoint": JobMachines(instance_type=_GPU, max_hours=24),
     "teacher_labels": JobMachines(instance_type=_GPU, max_hours=12),
     "student_checkpoint": JobMachines(instance_type=_GPU, max_hours=24),
+    "encoder_comparison": JobMachines(where="here"),
+    "hyperparameter_search": JobMachines(instance_type=_GPU, max_hours=24),
     "student_evaluation": JobMachines(instance_type=_GPU),
+    "mistakes_explained": JobMachines(instance_type=_GPU),
     "migrated_labels": JobMachines(instance_type=_GPU),
     "taxonomy_change": JobMachines(instance_type=_GPU),
     "compiled_student": JobMachines(instance_type="ml.c7i.2xlarge", spot=False, max_hours=2),

@@ -23,6 +23,7 @@ from resources.tracking import (
     TARGET_TAG,
     Choice,
     Decision,
+    Part,
     Promotion,
     RegisteredVersion,
     Tracking,
@@ -68,8 +69,9 @@ class SageMakerRegistry(Tracking):
         manifest: Manifest,
         ref: ArtifactRef,
         learning_curve: Sequence[Mapping[str, JsonValue]] = (),
+        parts: Sequence[Part] = (),
     ) -> str:
-        return self.inner.record(manifest, ref, learning_curve)
+        return self.inner.record(manifest, ref, learning_curve, parts)
 
     @override
     @input_errors_fail_plainly()

@@ -21,7 +21,9 @@ from pydantic_settings import SettingsConfigDict
 
 from ml.demo import OFFERS_PER_DAY
 from ml.errors import InputError
+from ml.learning.encoder_files import PACKAGED_ENCODER, split_layers
 from ml.stages import (
+    FastModelParameters,
     Parameters,
     ServingBenchmarkParameters,
     StudentParameters,
@@ -96,6 +98,19 @@ def _existing_encoder(value: str) -> str:
     if not Path(path, "config.json").is_file():
         raise ValueError(f"points nowhere: {path} is not a folder with an encoder (it has no config.json)")
     return path
+
+
+def _encoders_to_compare(value: str) -> str:
+    """Encoders, perhaps with the layers that are kept, separated by commas; local ones become absolute."""
+    choices = []
+    for text in filter(None, map(str.strip, value.split(","))):
+        try:
+            encoder, layers = split_layers(text)
+        except InputError as error:
+            raise ValueError(str(error)) from None
+        encoder = _existing_encoder(encoder)
+        choices.append(f"{encoder}:{layers}" if layers else encoder)
+    return ",".join(dict.fromkeys(choices))
 
 
 def _existing_file(value: str) -> str:
@@ -261,6 +276,12 @@ class Settings(AwsSettings):
         validation_alias="OFFER_ASSETS_TEACHER_EPOCHS",
         description="Teacher's passes over the labelled offers.",
     )
+    teacher_learning_rate: float = Field(
+        default=_default(TeacherParameters, "learning_rate"),
+        gt=0,
+        validation_alias="OFFER_ASSETS_TEACHER_LEARNING_RATE",
+        description="Peak learning rate of the teacher's encoder (hyperparameter_search looks for it).",
+    )
     student_encoder: Encoder = Field(
         default=_default(StudentParameters, "encoder"),
         validation_alias="OFFER_ASSETS_STUDENT_ENCODER",
@@ -278,6 +299,31 @@ class Settings(AwsSettings):
         ge=1,
         validation_alias="OFFER_ASSETS_STUDENT_EPOCHS",
         description="Student's passes over labelled and unlabelled offers.",
+    )
+    student_learning_rate: float = Field(
+        default=_default(StudentParameters, "learning_rate"),
+        gt=0,
+        validation_alias="OFFER_ASSETS_STUDENT_LEARNING_RATE",
+        description="Peak learning rate of the student's encoder.",
+    )
+    student_label_weight: float = Field(
+        default=_default(StudentParameters, "label_weight"),
+        ge=0,
+        le=1,
+        validation_alias="OFFER_ASSETS_STUDENT_LABEL_WEIGHT",
+        description="What labels count beside the teacher's word when the student learns (0 to 1).",
+    )
+    fast_regularisation: float = Field(
+        default=_default(FastModelParameters, "regularisation"),
+        gt=0,
+        validation_alias="OFFER_ASSETS_FAST_REGULARISATION",
+        description="The fast model's C: the larger, the closer it follows its training offers.",
+    )
+    encoders_compared: Annotated[str, AfterValidator(_encoders_to_compare)] = Field(
+        default=f"{PACKAGED_ENCODER},{PACKAGED_ENCODER}:3,{PACKAGED_ENCODER}:1",
+        validation_alias="OFFER_ASSETS_ENCODERS_COMPARED",
+        description="Encoders that encoder_comparison compares, separated by commas; each as for the "
+        "teacher, and perhaps with the number of layers to keep, e.g. packaged-minilm:3.",
     )
     devices: int = Field(
         default=_default(TeacherParameters, "devices"),

@@ -36,6 +36,9 @@ _LONGEST_PARAMETER = 6000
 _LONGEST_REASON = 2000
 """Characters of a reason that are kept: older servers take tags of 5,000."""
 _ARTIFACT_TAGS = ("kind", "key", "digest", "uri")
+_MOST_PARTS = 10_000
+_PARENT_TAG, _PART_TAG = "mlflow.parentRunId", "part"
+"""The first one makes MLflow's pages show a run below another."""
 
 APPROVAL_TAG = "approval"
 """``automatic``, ``pending``, ``approved`` or ``rejected``; a person may set it by hand."""
@@ -180,6 +183,21 @@ class RegisteredVersion(msgspec.Struct, frozen=True, kw_only=True):
         return _decoded(self.tags.get(_DECISION_TAG, ""), Decision)
 
 
+class Part(msgspec.Struct, frozen=True, kw_only=True):
+    """One of the trainings that an artifact compares: a candidate, a trial."""
+
+    name: str
+    """Unique within the artifact."""
+    parameters: dict[str, JsonValue]
+    metrics: dict[str, JsonValue]
+    learning_curve: list[dict[str, JsonValue]] = []
+    seconds: float = 0.0
+    failed: bool = False
+    """Whether it came to no result; such a run is marked so."""
+    note: str = ""
+    """Why not, or what else is to be said of it."""
+
+
 class Tracking(dg.ConfigurableResource[Any], ABC):
     """Where runs are recorded and models registered. All of it can be repeated without effect."""
 
@@ -189,6 +207,7 @@ class Tracking(dg.ConfigurableResource[Any], ABC):
         manifest: Manifest,
         ref: ArtifactRef,
         learning_curve: Sequence[Mapping[str, JsonValue]] = (),
+        parts: Sequence[Part] = (),
     ) -> str:
         """Record how an artifact was made; returns the id of its run, an existing one where there is one.
 
@@ -196,6 +215,7 @@ class Tracking(dg.ConfigurableResource[Any], ABC):
             manifest: The artifact's manifest.
             ref: The artifact.
             learning_curve: Figures by step, ``{"step": 20, "loss": 1.3, …}``.
+            parts: What it compares; each gets a run of its own below the artifact's.
         """
 
     @abstractmethod
@@ -305,9 +325,8 @@ class MlflowTracking(Tracking):
         manifest: Manifest,
         ref: ArtifactRef,
         learning_curve: Sequence[Mapping[str, JsonValue]] = (),
+        parts: Sequence[Part] = (),
     ) -> str:
-        from mlflow.entities import Metric, Param, RunTag
-
         with self._client() as client:
             experiment = self._experiment(client)
             run = _run_of(client, experiment, ref)
@@ -323,27 +342,32 @@ class MlflowTracking(Tracking):
                     tags={f"artifact.{name}": str(getattr(ref, name)) for name in _ARTIFACT_TAGS},
                 )
             run_id = str(run.info.run_id)
-            metrics = [
-                Metric(name, value, time, 0)
-                for name, value in {**_numbers(manifest.metrics), "seconds": manifest.seconds}.items()
-            ]
-            for number, point in enumerate(learning_curve):
-                step = int(point.get("step", number))
-                metrics += [
-                    Metric(f"curve/{name}", value, time, step)
-                    for name, value in _numbers(point).items()
-                    if name != "step"
-                ]
             tags = {f"input.{name}": digest for name, digest in manifest.inputs.items()}
             tags |= {"code_version": manifest.code_version, "code_revision": manifest.code_revision or ""}
-            for some in _batches(metrics, 1000):
-                client.log_batch(run_id, metrics=some)
-            for some in _batches(list(manifest.parameters.items()), 100):
-                client.log_batch(run_id, params=[Param(name, _parameter(value)) for name, value in some])
-            for some in _batches(list(tags.items()), 100):
-                client.log_batch(run_id, tags=[RunTag(name, value) for name, value in some])
+            figures = {**_numbers(manifest.metrics), "seconds": manifest.seconds}
+            _log(client, run_id, time, manifest.parameters, figures, learning_curve, tags)
+            self._record_parts(client, experiment, run_id, time, parts)
             client.set_terminated(run_id, "FINISHED", end_time=time)
             return run_id
+
+    def _record_parts(
+        self, client: Any, experiment: str, parent: str, time: int, parts: Sequence[Part]
+    ) -> None:
+        """A run for each part below the run ``parent``; those that an interruption left are completed."""
+        if not parts:
+            return
+        runs = client.search_runs([experiment], f"tags.`{_PARENT_TAG}` = '{parent}'", max_results=_MOST_PARTS)
+        there = {run.data.tags.get(_PART_TAG): run for run in runs}
+        for part in parts:
+            tags = {_PARENT_TAG: parent, _PART_TAG: part.name} | ({"note": part.note} if part.note else {})
+            run = there.get(part.name) or client.create_run(
+                experiment, start_time=time - int(part.seconds * 1000), run_name=part.name, tags=tags
+            )
+            if run.info.status not in ("FINISHED", "FAILED"):
+                run_id = str(run.info.run_id)
+                figures = {**_numbers(part.metrics), "seconds": part.seconds}
+                _log(client, run_id, time, part.parameters, figures, part.learning_curve, {})
+                client.set_terminated(run_id, "FAILED" if part.failed else "FINISHED", end_time=time)
 
     @override
     def register(
@@ -610,6 +634,34 @@ def _run_of(client: Any, experiment: str, ref: ArtifactRef) -> Any | None:
         max_results=1,
     )
     return runs[0] if runs else None
+
+
+def _log(
+    client: Any,
+    run_id: str,
+    time: int,
+    parameters: Mapping[str, JsonValue],
+    figures: Mapping[str, float],
+    learning_curve: Sequence[Mapping[str, JsonValue]],
+    tags: Mapping[str, str],
+) -> None:
+    """Write all that is known of a run; again, it changes nothing."""
+    from mlflow.entities import Metric, Param, RunTag
+
+    metrics = [Metric(name, value, time, 0) for name, value in figures.items()]
+    for number, point in enumerate(learning_curve):
+        step = int(point.get("step", number))
+        metrics += [
+            Metric(f"curve/{name}", value, time, step)
+            for name, value in _numbers(point).items()
+            if name != "step"
+        ]
+    for some in _batches(metrics, 1000):
+        client.log_batch(run_id, metrics=some)
+    for batch in _batches(list(parameters.items()), 100):
+        client.log_batch(run_id, params=[Param(name, _parameter(value)) for name, value in batch])
+    for few in _batches(list(tags.items()), 100):
+        client.log_batch(run_id, tags=[RunTag(name, value) for name, value in few])
 
 
 def _numbers(values: Mapping[str, JsonValue]) -> dict[str, float]:

@@ -43,7 +43,18 @@ RENAMED_1 = "category_id,parent_id,name\n1,,Toys\n2,1,Dolls and figures\n"
 
 GOOD = {"student_weighted_f1": 0.9, "teacher_weighted_f1": 0.92, "student_share_of_teacher": 0.978}
 BAD = {"student_weighted_f1": 0.5, "teacher_weighted_f1": 0.92, "student_share_of_teacher": 0.543}
-COMPILED = {"same_category": 1.0, "offers": 100, "weighted_f1_original": 0.9, "weighted_f1_compiled": 0.9}
+COMPILED = {
+    "same_category": 1.0,
+    "offers": 100,
+    "weighted_f1_original": 0.9,
+    "weighted_f1_compiled": 0.9,
+    "cascade_offers": 100,
+    "cascade_share_fast": 0.5,
+    "cascade_share_review": 0.1,
+    "cascade_loss": 0.0,
+    "cascade_max_loss": 0.01,
+    "cascade_loss_p_value": 1.0,
+}
 
 
 def renamed_stand_in(context: StageContext, _parameters: Parameters) -> dict[str, Any]:

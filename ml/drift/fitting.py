@@ -165,8 +165,6 @@ class Fit:
             usual_prices=UsualPrices.of(rows),
             vocabulary_languages=self.vocabulary.languages,
             folds=len(np.unique(fold)),
-            escalate_below=parameters.escalate_below,
-            review_below=parameters.review_below,
             seed=parameters.seed,
         )
 

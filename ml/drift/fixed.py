@@ -41,6 +41,4 @@ class Fixed(msgspec.Struct, frozen=True, kw_only=True):
     usual_prices: UsualPrices
     vocabulary_languages: list[str]
     folds: int
-    escalate_below: float
-    review_below: float
     seed: int

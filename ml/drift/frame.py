@@ -55,8 +55,9 @@ _LOOKED_AT = pa.schema(
         category_id=pa.string(),
         category_path=pa.string(),
         confidence=pa.float64(),
+        tier=pa.string(),
+        needs_review=pa.bool_(),
         fast_category_id=pa.string(),
-        fast_confidence=pa.float64(),
         taxonomy_known=pa.bool_(),
         trained=pa.bool_(),
     )
@@ -104,8 +105,8 @@ class Frame:
         Args:
             days: Of each day the offers that are looked at one by one, in random order, and its totals.
                 The offers have the columns of ``CLEAN_SCHEMA``, what was predicted for them (``category_id``,
-                ``category_path``, ``confidence``, ``fast_category_id``, ``fast_confidence``; null where
-                there is none), ``taxonomy_known`` and ``trained``.
+                ``category_path``, ``confidence``, ``tier``, ``needs_review``, ``fast_category_id``; null
+                where there is none), ``taxonomy_known`` and ``trained``.
             parameters: Of ``drift_reference``.
 
         Raises:
@@ -127,11 +128,7 @@ class Frame:
         others = {name: of_day for name, of_day in days.items() if name != day}
         if not any(len(rows) for rows, _ in others.values()):
             return None
-        fixed = self._fixed
-        parameters = DriftReferenceParameters(
-            escalate_below=fixed.escalate_below, review_below=fixed.review_below, seed=fixed.seed
-        )
-        return Frame.fit(others, parameters)
+        return Frame.fit(others, DriftReferenceParameters(seed=self._fixed.seed))
 
     @property
     def reference_days(self) -> list[str]:

@@ -26,6 +26,7 @@ from ml.drift.measures import (
     top_category,
 )
 from ml.drift.words import Tokens, Vocabulary
+from ml.serving.cascade import STUDENT
 
 FAR_PRICE = 20.0
 """A price is far from the usual one above this many times it, or below this part of it."""
@@ -79,7 +80,9 @@ def measure(
     shops, shop_categories = text_column(rows, "shop_id"), text_column(rows, "shop_category")
     log_price, price = fixed.usual_prices.log_ratio(rows), number_column(rows, "price")
     untrained = ~rows["trained"].to_numpy(dtype=bool)
-    confidence, fast_confidence = number_column(rows, "confidence"), number_column(rows, "fast_confidence")
+    confidence = number_column(rows, "confidence")
+    by_student = np.array(text_column(rows, "tier") == STUDENT, dtype=bool)
+    for_review = rows["needs_review"].fillna(False).to_numpy(dtype=bool)
     category, fast_category = text_column(rows, "category_id"), text_column(rows, "fast_category_id")
     answered = np.array(
         [a is not None and b is not None for a, b in zip(category, fast_category, strict=True)], dtype=bool
@@ -101,9 +104,10 @@ def measure(
         "no_usual_price": _sign(np.isnan(log_price), price > 0),
         "rarity": _rarity(fixed, category),
         "confidence": np.where(untrained, confidence, np.nan),
-        "to_student": _sign(fast_confidence < fixed.escalate_below, untrained & ~np.isnan(fast_confidence)),
-        "to_review": _sign(confidence < fixed.review_below, untrained & ~np.isnan(confidence)),
-        "agrees": _sign(category == fast_category, untrained & answered),
+        "to_student": _sign(by_student, untrained & ~np.isnan(confidence)),
+        "to_review": _sign(for_review, untrained & ~np.isnan(confidence)),
+        # Where the fast model answered it agrees with itself, and no model gives the category of a review.
+        "agrees": _sign(category == fast_category, untrained & answered & by_student & ~for_review),
         "outside_taxonomy": _sign(
             ~rows["taxonomy_known"].to_numpy(dtype=bool), np.ones(len(rows), dtype=bool)
         ),

@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 from ml.cores import available_cores
 from ml.drift.expected import weekdays_are_known
 from ml.drift.frame import Frame
-from ml.drift.sample import TRAINED_FILE, rows_of, sampled_offers, with_fast_model, write_trained
+from ml.drift.sample import PREDICTED, TRAINED_FILE, rows_of, sampled_offers, with_fast_model, write_trained
 from ml.drift.totals import DayTotals, totals_of
 from ml.progress import Bar
 from ml.runner import StageContext
-from ml.serving.predictor import Predictor
+from ml.serving.predictor import Predictor, prediction_table
 from ml.stages import DriftReferenceParameters
 
 _CHUNK_OFFERS = 512
@@ -76,13 +76,9 @@ def _catalogued(offers: pa.Table, predictor: Predictor, bar: Bar) -> pa.Table:
         chunk = offers.slice(start, _CHUNK_OFFERS).to_pylist()
         predictions += predictor.predict(chunk)
         bar.update(len(chunk))
-    columns: dict[str, pa.Array[Any]] = {
-        "category_id": pa.array([p.category_id for p in predictions], pa.string()),
-        "category_path": pa.array([p.category_path for p in predictions], pa.string()),
-        "confidence": pa.array([p.confidence for p in predictions], pa.float64()),
-    }
-    for name, column in columns.items():
-        offers = offers.append_column(name, column)
+    table = prediction_table(predictions)
+    for name in PREDICTED:
+        offers = offers.append_column(name, table[name])
     return offers
 
 

@@ -11,17 +11,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import duckdb
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ml.learning.fast_model import FastModel
 from ml.offers import CLEAN_FILE, CLEAN_SCHEMA, offer_texts
 from ml.sampling.split import PRODUCT_KEYS
+from ml.serving.fast_model import FastModel
 
 TRAINED_FILE = "trained.parquet"
 CATALOGUED_FILE = "catalogued.parquet"
+
+PREDICTED = ("category_id", "category_path", "confidence", "tier", "needs_review")
+"""What is looked at of a prediction."""
 
 _MEMORY_LIMIT = "1GB"
 _TEXTS_AT_ONCE = 2_048
@@ -67,13 +69,13 @@ def sampled_offers(
     Returns:
         The columns of ``CLEAN_SCHEMA`` without the label, ``trained`` (whether the model learned from
         the offer or another one of its product: it is surer of them than it will ever be of others), and
-        with ``catalogued`` the columns ``category_id``, ``category_path`` and ``confidence``.
+        with ``catalogued`` the columns of :data:`PREDICTED`.
     """
     columns = [name for name in CLEAN_SCHEMA.names if name != "category_id"]
     is_trained = " OR ".join(
         f"coalesce('{name}:' || {sql} IN (SELECT key FROM known), false)" for name, sql in _KEYS.items()
     )
-    predicted = ["category_id", "category_path", "confidence"] if catalogued else []
+    predicted = list(PREDICTED) if catalogued else []
     with engine() as database:
         database.execute(
             f"CREATE TEMP TABLE chosen AS SELECT {', '.join(columns)}, md5(? || ':' || offer_id) AS draw "
@@ -96,18 +98,15 @@ def sampled_offers(
 
 
 def with_fast_model(offers: pa.Table, fast_checkpoint: Path | None) -> pa.Table:
-    """The offers with ``fast_category_id`` and ``fast_confidence``; null where there is no fast model."""
+    """The offers with ``fast_category_id``, what the fast model alone says; null where there is none."""
     if fast_checkpoint is None:
-        categories, confidences = pa.nulls(len(offers), pa.string()), pa.nulls(len(offers), pa.float64())
-    else:
-        model, texts = FastModel.load(fast_checkpoint), offer_texts(offers)
-        best, certainty = list[str](), list[float]()
-        for start in range(0, len(texts), _TEXTS_AT_ONCE):
-            probabilities = model.predict_probabilities(texts[start : start + _TEXTS_AT_ONCE])
-            best += [model.labels[place] for place in probabilities.argmax(axis=1)]
-            certainty += np.asarray(probabilities.max(axis=1), dtype=np.float64).tolist()
-        categories, confidences = pa.array(best, pa.string()), pa.array(certainty, pa.float64())
-    return offers.append_column("fast_category_id", categories).append_column("fast_confidence", confidences)
+        return offers.append_column("fast_category_id", pa.nulls(len(offers), pa.string()))
+    model, texts = FastModel.load(fast_checkpoint), offer_texts(offers)
+    best = list[str]()
+    for start in range(0, len(texts), _TEXTS_AT_ONCE):
+        probabilities = model.predict_probabilities(texts[start : start + _TEXTS_AT_ONCE])
+        best += [model.labels[place] for place in probabilities.argmax(axis=1)]
+    return offers.append_column("fast_category_id", pa.array(best, pa.string()))
 
 
 def rows_of(offers: pa.Table) -> pd.DataFrame:

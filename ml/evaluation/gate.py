@@ -41,6 +41,9 @@ class GateLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     min_same_category_compiled: Annotated[
         Share, Meta(description="Offers that the compiled model puts into the same category, at least.")
     ] = 0.995
+    max_error_of_cascade: Annotated[
+        Share, Meta(description="Probability of finding a cascade too lossy that is not, at most.")
+    ] = 0.05
     max_f1_loss_compiled: Annotated[Share, Meta(description="Weighted F1 that compiling may cost.")] = 0.002
 
 
@@ -78,6 +81,7 @@ def judge(
         student_is_not_worse_than_production(evaluation_metrics, limits),
         no_segment_is_worse_than_production(evaluation_metrics, limits),
         compiled_matches_uncompiled(compiled_metrics, limits),
+        cascade_keeps_the_student(compiled_metrics, limits),
     ]
     return Verdict(passed=all(p.passed for p in propositions), propositions=propositions)
 
@@ -183,6 +187,26 @@ def compiled_matches_uncompiled(metrics: Mapping[str, Any], limits: GateLimits) 
         sentence=f"Compiled and original agree on {same:.1%} of {offers:,.0f} offers (up to {upper:.1%} with "
         f"95 % confidence, at least {limits.min_same_category_compiled:.1%} wanted), weighted F1 changes by "
         f"{-loss:+.4f} (a loss of {limits.max_f1_loss_compiled:.4f} is allowed).",
+    )
+
+
+def cascade_keeps_the_student(metrics: Mapping[str, Any], limits: GateLimits) -> Proposition:
+    """Letting the fast model answer costs no more accuracy than was stated when thresholds were chosen.
+
+    They were chosen on validation offers; here are others. It fails when the loss measured is larger than
+    stated *and* not chance.
+    """
+    loss, stated = _number(metrics, "cascade_loss"), _number(metrics, "cascade_max_loss")
+    offers, p_value = _number(metrics, "cascade_offers"), _number(metrics, "cascade_loss_p_value")
+    fast, review = _number(metrics, "cascade_share_fast"), _number(metrics, "cascade_share_review")
+    return Proposition(
+        name="cascade_keeps_the_student",
+        passed=loss <= stated or (loss > stated and p_value >= limits.max_error_of_cascade),
+        value=loss,
+        limit=stated,
+        sentence=f"The fast model answers {fast:.1%} of {offers:,.0f} offers, {review:.1%} are marked for "
+        f"review; accuracy differs by {-loss:+.4f} from the student's alone (a loss beyond {stated:.4f} "
+        "that is not chance is too much).",
     )
 
 

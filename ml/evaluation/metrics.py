@@ -120,7 +120,12 @@ def scores_by_level(
     ]
 
 
-def scores_by_size(truth: Array, predicted: Array, training_counts: Mapping[str, int]) -> list[Band]:
+def scores_by_size(
+    truth: Array,
+    predicted: Array,
+    training_counts: Mapping[str, int],
+    bands: Sequence[tuple[str, int, float]] = SIZE_BANDS,
+) -> list[Band]:
     """Scores per class-size band; a category that is not in ``training_counts`` has 0 offers there.
 
     The F1 of a class counts its false positives from everywhere, so bands are comparable with the
@@ -130,13 +135,13 @@ def scores_by_size(truth: Array, predicted: Array, training_counts: Mapping[str,
     trained = np.array([training_counts.get(str(name), 0) for name in per_class.classes])
     is_right = truth == predicted
     right = dict(zip(*np.unique(truth[is_right], return_counts=True), strict=True))
-    bands = []
-    for name, least, largest in SIZE_BANDS:
+    found = []
+    for name, least, largest in bands:
         inside = (trained >= least) & (trained <= largest) & (per_class.support > 0)
         if not inside.any():
             continue
         support = per_class.support[inside]
-        bands.append(
+        found.append(
             Band(
                 band=name,
                 categories=int(inside.sum()),
@@ -146,7 +151,7 @@ def scores_by_size(truth: Array, predicted: Array, training_counts: Mapping[str,
                 macro_f1=float(per_class.f1[inside].mean()),
             )
         )
-    return bands
+    return found
 
 
 def scores_by_segment(truth: Array, predicted: Array, segments: Array) -> dict[str, Scores]:

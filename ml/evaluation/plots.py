@@ -89,6 +89,40 @@ def reliability(calibrations: Mapping[str, Calibration]) -> bytes:
     return canvas.png(legend="above")
 
 
+def risk_coverage(
+    shares: Sequence[float],
+    losses: Sequence[float],
+    precisions: Sequence[float],
+    *,
+    share_fast: float,
+    max_loss: float,
+    share_unmarked: float,
+    min_precision: float,
+) -> bytes:
+    """What it costs to answer more offers with the fast model, and to mark fewer for review.
+
+    Args:
+        shares: Of all offers, ascending.
+        losses: Accuracy lost against the student alone if the fast model answers the share it is surest of.
+        precisions: Share right among the share of answers that are surest.
+        share_fast: That the fast model answers.
+        max_loss: Stated loss.
+        share_unmarked: That is not marked.
+        min_precision: Stated share right among these.
+    """
+    canvas = _Canvas("What the thresholds cost", panels=2)
+    loss, precision = canvas.axes
+    loss.plot(shares, losses, color=_COLOURS[0])
+    loss.axhline(max_loss, color=_INK, linestyle=":", label=f"stated {max_loss:.3f}")
+    loss.axvline(share_fast, color=_COLOURS[1], label=f"chosen {share_fast:.0%}")
+    loss.set(xlabel="answered by the fast model", ylabel="accuracy lost against the student", xlim=(0, 1))
+    precision.plot(shares, precisions, color=_COLOURS[0])
+    precision.axhline(min_precision, color=_INK, linestyle=":", label=f"stated {min_precision:.2f}")
+    precision.axvline(share_unmarked, color=_COLOURS[1], label=f"chosen {share_unmarked:.0%}")
+    precision.set(xlabel="not marked for review", ylabel="share right", xlim=(0, 1))
+    return canvas.png(legend="best")
+
+
 def size_bands(bands: Mapping[str, Sequence[Band]]) -> bytes:
     """Macro F1 by number of training offers of the category, one bar per model."""
     first: dict[str, Band] = {band.band: band for rows in bands.values() for band in rows}

@@ -11,12 +11,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ml.feed.rows import (
+    BATCH_BYTES,
     BATCH_ROWS,
     INVALID_ENCODING,
     OFFERS,
     Layout,
     check_names_are_unique,
     check_needed_columns,
+    without_first,
 )
 
 _EXACT_FLOAT_INTEGERS = pa.scalar(float(1 << 53))
@@ -35,11 +37,12 @@ def read_parquet(
     ignored: set[str],
     layout: Layout = OFFERS,
     columns: Sequence[str] | None = None,
+    skip: int = 0,
 ) -> Iterator[pa.RecordBatch]:
     """Every column is turned into text, nested ones into JSON.
 
     Only ``columns`` (all of the layout if not given) are read, of which at least one must be a needed one;
-    the others come out null.
+    the others come out null. The first ``skip`` rows are left out; row groups of these alone are not read.
     """
     parquet = pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
     schema = parquet.schema_arrow
@@ -49,10 +52,32 @@ def read_parquet(
     check_needed_columns(set(by_name), layout)
     ignored |= set(by_name) - set(layout.columns)
     wanted = {name: by_name[name] for name in columns or layout.columns if name in by_name}
-    row = 1
-    for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=list(wanted.values())):
+    groups, skipped = _groups_behind(parquet.metadata, skip)
+    row = 1 + skip
+    batches = parquet.iter_batches(
+        batch_size=_batch_rows(parquet.metadata), columns=list(wanted.values()), row_groups=groups
+    )
+    for batch in without_first(batches, skip - skipped):
         yield _raw_batch(batch, wanted, uri, row, layout)
         row += batch.num_rows
+
+
+def _groups_behind(metadata: pq.FileMetaData, skip: int) -> tuple[list[int], int]:
+    """Row groups that hold a row behind the first ``skip``, and the rows of those before them."""
+    skipped = 0
+    for group in range(metadata.num_row_groups):
+        rows = metadata.row_group(group).num_rows
+        if skipped + rows > skip:
+            return list(range(group, metadata.num_row_groups)), skipped
+        skipped += rows
+    return [], skipped
+
+
+def _batch_rows(metadata: pq.FileMetaData) -> int:
+    """Rows that fit into a batch, by the row group whose rows are largest."""
+    groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
+    largest = max((group.total_byte_size / max(1, group.num_rows) for group in groups), default=0.0)
+    return max(1, min(BATCH_ROWS, int(BATCH_BYTES / max(largest, 1.0))))
 
 
 def _raw_batch(

@@ -35,6 +35,7 @@ from ml.feed.rows import (
     Layout,
     UnusableFileError,
     first_line,
+    without_first,
 )
 from ml.feed.source import open_source, uncompressed, unreachable
 from ml.offers import timestamp_sql, trimmed_sql
@@ -170,7 +171,7 @@ def profile_file(uri: str) -> FileProfile:
 
 
 def read_batches(
-    uri: str, ignored: set[str] | None = None, layout: Layout = OFFERS
+    uri: str, ignored: set[str] | None = None, layout: Layout = OFFERS, skip: int = 0
 ) -> Iterator[pa.RecordBatch]:
     """All rows of a file as delivered, in its order, with constant memory.
 
@@ -178,6 +179,7 @@ def read_batches(
         uri: Path or URI of a Parquet, CSV or JSON lines file, gzipped or not.
         ignored: Set that gets the names of the columns that are not part of the feed.
         layout: Columns of the feed.
+        skip: Rows to leave out at the beginning; of Parquet, row groups of these alone are not read.
 
     Yields:
         Batches of the layout's schema: every feed column as text (null where absent),
@@ -191,7 +193,7 @@ def read_batches(
         InputError: the file cannot be reached, or not to its end: missing, forbidden, network down.
             One line that names it.
     """
-    yield from _read(uri, set() if ignored is None else ignored, layout=layout)
+    yield from _read(uri, set() if ignored is None else ignored, layout=layout, skip=skip)
 
 
 def write_raw_offers(context: StageContext, parameters: RawOffersParameters) -> dict[str, Any]:
@@ -333,7 +335,11 @@ class _Writer:
 
 
 def _read(
-    uri: str, ignored: set[str], columns: tuple[str, ...] | None = None, layout: Layout = OFFERS
+    uri: str,
+    ignored: set[str],
+    columns: tuple[str, ...] | None = None,
+    layout: Layout = OFFERS,
+    skip: int = 0,
 ) -> Iterator[pa.RecordBatch]:
     """Open ``uri``, undo gzip, read it in its format; whatever breaks becomes an InputError naming it."""
     extension = _extension(uri)
@@ -346,10 +352,10 @@ def _read(
             file: IO[bytes] = stack.enter_context(io.BufferedReader(source, _BUFFER_BYTES))
             if uri.lower().endswith(".gz"):
                 file = stack.enter_context(uncompressed(file, seekable=is_parquet))
-            if is_parquet and columns is not None:
-                yield from read_parquet(file, uri, ignored, layout, columns)
+            if is_parquet:
+                yield from read_parquet(file, uri, ignored, layout, columns, skip)
             else:
-                yield from _READERS[extension](file, uri, ignored, layout)
+                yield from without_first(_READERS[extension](file, uri, ignored, layout), skip)
         except UnusableFileError as error:
             raise BrokenFileError(f"{uri} {error}") from None
         except Exception as error:

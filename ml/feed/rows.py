@@ -6,6 +6,7 @@ A row that cannot be understood is still a row: it is delivered with its ``probl
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -122,6 +123,14 @@ class Batcher:
         self._next_row += count
         self._clear()
         return batch
+
+
+def without_first(batches: Iterable[pa.RecordBatch], skip: int) -> Iterator[pa.RecordBatch]:
+    """The rows of ``batches`` behind the first ``skip``."""
+    for batch in batches:
+        if skip < batch.num_rows:
+            yield batch.slice(skip) if skip else batch
+        skip = max(0, skip - batch.num_rows)
 
 
 def check_names_are_unique(names: list[str]) -> None:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from sklearn.metrics import f1_score
 
-_LOG_TEMPERATURE_BOUNDS = (float(np.log(0.05)), float(np.log(20.0)))
+LOG_TEMPERATURE_BOUNDS = (float(np.log(0.05)), float(np.log(20.0)))
 
 
 def log_softmax(logits: NDArray[np.floating]) -> NDArray[np.float32]:
@@ -49,7 +49,7 @@ def fit_temperature(logits: NDArray[np.floating], targets: NDArray[np.int64]) ->
     def mean_loss(log_temperature: float) -> float:
         return _mean_loss(logits / np.exp(log_temperature), targets)
 
-    best = minimize_scalar(mean_loss, bounds=_LOG_TEMPERATURE_BOUNDS, method="bounded")
+    best = minimize_scalar(mean_loss, bounds=LOG_TEMPERATURE_BOUNDS, method="bounded")
     return float(np.exp(best.x))
 
 

@@ -93,12 +93,10 @@ class Classifier(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.head = head
-        self.tokenizer = tokenizer
         self.labels = list(labels)
         self.settings = settings
         self._tokenizer_files = dict(tokenizer_files or {})
-        tokenizer.no_padding()
-        tokenizer.enable_truncation(settings.max_tokens)
+        self.with_tokenizer(tokenizer)
 
     @classmethod
     def from_encoder(
@@ -199,6 +197,11 @@ class Classifier(nn.Module):
         return int(getattr(self.encoder.config, "pad_token_id", None) or 0)
 
     @property
+    def vocabulary_size(self) -> int:
+        """Tokens that the encoder knows."""
+        return int(self.encoder.config.vocab_size)
+
+    @property
     def parameter_count(self) -> int:
         """Weights of encoder and output layer together."""
         return sum(parameter.numel() for parameter in self.parameters())
@@ -213,6 +216,13 @@ class Classifier(nn.Module):
         """This classifier, in place, with another output layer; row ``i`` belongs to ``labels[i]``."""
         self.head = head
         self.labels = list(labels)
+        return self
+
+    def with_tokenizer(self, tokenizer: Tokenizer) -> Classifier:
+        """This classifier, in place, with another tokenizer, whose ids are rows of the encoder."""
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(self.settings.max_tokens)
+        self.tokenizer = tokenizer
         return self
 
     def check_max_tokens(self, max_tokens: int) -> None:

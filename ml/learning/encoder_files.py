@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +44,24 @@ def encoder_digest(choice: str) -> str:
     if choice == TEACHER or "://" in choice or not Path(choice).is_dir():
         return ""
     return _weights_digest(_checked(Path(choice), choice))
+
+
+def split_layers(text: str) -> tuple[str, int]:
+    """An encoder setting and the layers kept of it, of ``encoder`` or ``encoder:layers``.
+
+    Returns:
+        The setting, and the number of layers; 0: all of them.
+
+    Raises:
+        InputError: there is no encoder before the colon, or 0 layers behind it.
+    """
+    match = re.fullmatch(r"(.*?)(?::(\d+))?", text.strip(), re.DOTALL)
+    encoder, layers = match.groups() if match else ("", None)
+    if not encoder or (layers is not None and int(layers) == 0):
+        raise InputError(
+            f"{text!r} is no encoder to compare: give encoder or encoder:layers, with 1 or more layers"
+        )
+    return encoder, int(layers or 0)
 
 
 @contextmanager

@@ -1,8 +1,7 @@
 """Stage ``teacher_labels``: what the teacher thinks of every labelled and unlabelled offer.
 
 Per offer the largest logits are kept, and the rest as one number: the logarithm of the sum of their
-exponentials. The logits are calibrated (divided by the teacher's temperature), so that their softmax
-is how sure the teacher is.
+exponentials. The teacher's logits are calibrated, so their softmax is how sure it is.
 """
 
 from __future__ import annotations
@@ -47,12 +46,26 @@ class TeacherLabels(msgspec.Struct, frozen=True):
     tail_logsumexp: NDArray[np.float32]
     """(offers,); -inf where k classes are all there are."""
 
+    def rows(self, rows: NDArray[np.int64]) -> TeacherLabels:
+        """The labels of the offers with these row numbers."""
+        return TeacherLabels(
+            offer_ids=[self.offer_ids[row] for row in rows],
+            top_indices=self.top_indices[rows],
+            top_logits=self.top_logits[rows],
+            tail_logsumexp=self.tail_logsumexp[rows],
+        )
+
     @property
     def confidence(self) -> NDArray[np.float32]:
         """Probability of the most likely class, (offers,)."""
+        return self.probabilities[:, 0]
+
+    @property
+    def probabilities(self) -> NDArray[np.float32]:
+        """Probabilities of the classes in ``top_indices``, (offers, k)."""
         outcomes = np.concatenate([self.top_logits, self.tail_logsumexp[:, None]], axis=1)
-        highest = outcomes[:, :1]
-        result: NDArray[np.float32] = 1.0 / np.exp(outcomes - highest).sum(axis=1)
+        exponentials = np.exp(outcomes - outcomes[:, :1])
+        result: NDArray[np.float32] = exponentials[:, :-1] / exponentials.sum(axis=1, keepdims=True)
         return result
 
 
@@ -66,11 +79,11 @@ def write_teacher_labels(context: StageContext, parameters: TeacherLabelsParamet
     """
     from ml.learning.devices import use_available_cores
     from ml.learning.distributed import message_of_first
-    from ml.learning.encoder import Classifier
+    from ml.learning.ensemble import Teacher
 
     use_available_cores()
     teacher_folder, sample = context.input("teacher_checkpoint"), context.input("training_sample")
-    teacher = Classifier.load(teacher_folder)
+    teacher = Teacher.load(teacher_folder)
     offers = {source: _row_count(sample, source) for source in _SOURCES}
     shards = list(_shards(offers, parameters.shard_offers))
     there = [(context.checkpoints / _shard_name(number)).exists() for number in range(len(shards))]
@@ -80,9 +93,7 @@ def write_teacher_labels(context: StageContext, parameters: TeacherLabelsParamet
             if not there[number]:
                 rows = _sample_rows(sample, source, ["offer_id", "text"]).slice(start, count)
                 logits = teacher.predict_logits(strings(rows["text"]), parameters.batch_size)
-                table = _label_table(
-                    strings(rows["offer_id"]), source, logits / teacher.settings.temperature, parameters.top_k
-                )
+                table = _label_table(strings(rows["offer_id"]), source, logits, parameters.top_k)
                 if context.is_first:
                     _write_shard(context.checkpoints / _shard_name(number), table)
             bar.update(count)

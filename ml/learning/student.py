@@ -3,11 +3,13 @@
 It learns on labelled and unlabelled offers alike. Per offer, the teacher's most likely categories
 and "any other" are the outcomes; the student's distribution over the same outcomes is drawn to the
 teacher's. On labelled offers the label adds a cross-entropy, by its confidence where a model guessed it.
+Its vocabulary is trimmed to what all these offers use (:mod:`ml.learning.vocabulary`).
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -25,7 +27,8 @@ from ml.learning.encoder import Classifier
 from ml.learning.encoder_files import TEACHER
 from ml.learning.labelling import TeacherLabels, check_same_offers, read_teacher_labels
 from ml.learning.training import TrainingArguments, learning_curve_json, train, training_metrics
-from ml.learning.training_data import LabelledTexts, read_labelled, read_unlabelled, strings
+from ml.learning.training_data import LabelledTexts, UnlabelledTexts, read_labelled, read_unlabelled, strings
+from ml.learning.vocabulary import trim_vocabulary
 from ml.learning.warm_start import warm_start, warm_start_metrics
 from ml.runner import StageContext
 from ml.stages import StudentParameters
@@ -66,24 +69,27 @@ def train_student(context: StageContext, parameters: StudentParameters) -> dict[
     teacher = Classifier.load(context.input("teacher_checkpoint"))
     labels, device = teacher.labels, best_device()
     started = warm_start(context, "student_checkpoint", parameters, _instruction(teacher, parameters), labels)
-    model = (started.model if started else _untrained_student(teacher, parameters)).with_settings(
+    data = _distillation_set(context, labels, parameters)
+    names = [taxonomy.path(label) for label in labels]
+    model = (
+        started.model if started else _untrained_student(teacher, parameters, data.texts + names)
+    ).with_settings(
         taxonomy_version=short_version(read_manifest(taxonomy_folder).digest),
         max_tokens=parameters.max_tokens,
         temperature=1.0,
     )
     del teacher
     model.to(device)
-    data = _distillation_set(context, labels)
     context.progress.say(
-        f"{model.parameter_count / 1e6:.1f} M parameters, {len(data.texts):,} offers to learn from "
+        f"{model.parameter_count / 1e6:.1f} M parameters, {model.vocabulary_size:,} tokens, "
+        f"{len(data.texts):,} offers to learn from "
         f"({int((data.targets >= 0).sum()):,} labelled), {len(validation.texts):,} to validate on"
     )
-    loss = DistillationLoss(data, parameters.temperature, parameters.label_weight, device)
+    loss = DistillationLoss(data, parameters, device)
 
     def initialise() -> None:
         if started or parameters.encoder != TEACHER:
             context.progress.say("initialising the output layer")
-            names = [taxonomy.path(label) for label in labels]
             (started or model).initialise_head(data.labelled.texts, data.labelled.categories, names)
 
     def validate() -> dict[str, float]:
@@ -111,6 +117,7 @@ def train_student(context: StageContext, parameters: StudentParameters) -> dict[
     return {
         **training_metrics(model, state, texts, parameters.epochs),
         **warm_start_metrics(started, labels),
+        "vocabulary_size": model.vocabulary_size,
         "labelled_rows": int((data.targets >= 0).sum()),
         "unlabelled_rows": int((data.targets < 0).sum()),
         **{f"validation_{name}": round(value, 6) for name, value in figures.items()},
@@ -127,10 +134,8 @@ class DistillationLoss:
     its square, which keeps the gradient's size.
     """
 
-    def __init__(
-        self, data: DistillationSet, temperature: float, label_weight: float, device: torch.device
-    ) -> None:
-        teacher = data.teacher
+    def __init__(self, data: DistillationSet, parameters: StudentParameters, device: torch.device) -> None:
+        teacher, temperature = data.teacher, parameters.temperature
         tail = np.maximum(teacher.tail_logsumexp, _NOTHING)[:, None]
         outcomes = torch.from_numpy(np.concatenate([teacher.top_logits, tail], axis=1)).to(device)
         # softened outcome probabilities: temper the normalised logarithms, then normalise again
@@ -140,7 +145,8 @@ class DistillationLoss:
         self._targets = torch.from_numpy(data.targets).to(device)
         self._weights = torch.from_numpy(data.weights).float().to(device)
         self._temperature = temperature
-        self._label_weight = label_weight
+        self._distillation_weight = parameters.distillation_weight
+        self._label_weight = parameters.label_weight
 
     def __call__(self, logits: Tensor, rows: NDArray[np.int64]) -> Tensor:
         """Mean loss of logits (rows, classes) of the offers with these numbers (rows,)."""
@@ -153,10 +159,19 @@ class DistillationLoss:
         log_probabilities = functional.log_softmax(logits, dim=1) * self._weights[index, None]
         loss_sum = functional.nll_loss(log_probabilities, targets, ignore_index=-1, reduction="sum")
         label_loss = loss_sum / len(rows)
-        return divergence * self._temperature**2 + self._label_weight * label_loss
+        distilled = self._distillation_weight * self._temperature**2 * divergence
+        return distilled + self._label_weight * label_loss
 
 
-def _untrained_student(teacher: Classifier, parameters: StudentParameters) -> Classifier:
+def _untrained_student(
+    teacher: Classifier, parameters: StudentParameters, texts: Sequence[str]
+) -> Classifier:
+    """The student before its first step; its vocabulary is what ``texts`` use, if it is to be trimmed."""
+    student = _with_fewer_layers(teacher, parameters)
+    return trim_vocabulary(student, texts) if parameters.trim_vocabulary else student
+
+
+def _with_fewer_layers(teacher: Classifier, parameters: StudentParameters) -> Classifier:
     if parameters.encoder == TEACHER:
         student = teacher.keep_layers(parameters.layers)
         with torch.no_grad():  # the labels are calibrated logits, so start from the calibrated output layer
@@ -179,7 +194,9 @@ def _instruction(teacher: Classifier, parameters: StudentParameters) -> str:
     return teacher.settings.instruction if parameters.encoder == TEACHER else ""
 
 
-def _distillation_set(context: StageContext, labels: list[str]) -> DistillationSet:
+def _distillation_set(
+    context: StageContext, labels: list[str], parameters: StudentParameters
+) -> DistillationSet:
     sample, label_folder = context.input("training_sample"), context.input("teacher_labels")
     labelled = pq.read_table(sample / "labelled.parquet", columns=["offer_id", "split"])
     training, unlabelled = read_labelled(sample, "train"), read_unlabelled(sample)
@@ -187,6 +204,8 @@ def _distillation_set(context: StageContext, labels: list[str]) -> DistillationS
     on_unlabelled = read_teacher_labels(label_folder, "unlabelled")
     check_same_offers(on_labelled, strings(labelled["offer_id"]), sample)
     check_same_offers(on_unlabelled, unlabelled.offer_ids, sample)
+    if not parameters.distillation_weight:  # nothing could be learned from them
+        unlabelled, on_unlabelled = UnlabelledTexts([], []), on_unlabelled.rows(np.arange(0))
     split = np.array(strings(labelled["split"]))
     no_label = np.full(len(unlabelled.texts), -1)
     no_weight = np.zeros(len(unlabelled.texts))
@@ -194,20 +213,20 @@ def _distillation_set(context: StageContext, labels: list[str]) -> DistillationS
         texts=training.texts + unlabelled.texts,
         targets=np.concatenate([targets_of(labels, training.categories), no_label]),
         weights=np.concatenate([training.weights, no_weight]),
-        teacher=_joined(on_labelled, np.flatnonzero(split == "train"), on_unlabelled),
+        teacher=_joined(on_labelled.rows(np.flatnonzero(split == "train")), on_unlabelled),
         teacher_choice_on_validation=on_labelled.top_indices[split == "validation", 0],
         labelled=training,
     )
 
 
-def _joined(first: TeacherLabels, rows: NDArray[np.int64], second: TeacherLabels) -> TeacherLabels:
-    """``rows`` of ``first``, then all of ``second`` (which may be empty)."""
+def _joined(first: TeacherLabels, second: TeacherLabels) -> TeacherLabels:
+    """All of ``first``, then all of ``second`` (which may be empty)."""
     width = first.top_indices.shape[1]
     return TeacherLabels(
-        offer_ids=[first.offer_ids[row] for row in rows] + second.offer_ids,
-        top_indices=np.concatenate([first.top_indices[rows], second.top_indices.reshape(-1, width)]),
-        top_logits=np.concatenate([first.top_logits[rows], second.top_logits.reshape(-1, width)]),
-        tail_logsumexp=np.concatenate([first.tail_logsumexp[rows], second.tail_logsumexp]),
+        offer_ids=first.offer_ids + second.offer_ids,
+        top_indices=np.concatenate([first.top_indices, second.top_indices.reshape(-1, width)]),
+        top_logits=np.concatenate([first.top_logits, second.top_logits.reshape(-1, width)]),
+        tail_logsumexp=np.concatenate([first.tail_logsumexp, second.tail_logsumexp]),
     )
 
 

@@ -1,13 +1,24 @@
-"""Stage ``teacher_checkpoint``: fine-tune a pretrained encoder on the labelled offers.
+"""Stage ``teacher_checkpoint``: fine-tune a pretrained encoder on the labelled offers, beside a linear model.
 
-The loss is cross-entropy over the categories, plus a smaller cross-entropy at every level above:
-the probability of an ancestor is the sum over the categories below it. So a near miss costs less
-than a far one, and one softmax serves all levels. A label that a model guessed counts by its confidence.
+What goes into it, each of which can be switched off:
+
+* further pretraining on all offers (:mod:`ml.learning.pretraining`),
+* a hierarchical loss: cross-entropy over the categories, plus a smaller one at every level above, where the
+  probability of an ancestor is the sum over the categories below it. So a near miss costs less than a far
+  one, and one softmax serves all levels. A label that a model guessed counts by its confidence,
+* every category's name and path as one more labelled text; so categories without a labelled offer can be
+  answers too,
+* low-rank adapters instead of all weights (:mod:`ml.learning.adapters`), for encoders that are large,
+* pseudo-labels: unlabelled offers of which the trained encoder is sure, in a second training,
+* logit adjustment for rare categories (:mod:`ml.learning.imbalance`),
+* an ensemble with a linear model (:mod:`ml.learning.ensemble`).
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -15,23 +26,35 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from ml.artifacts import read_manifest, short_version
-from ml.learning.calibration import fit_temperature, targets_of, validation_figures
+from ml.learning.adapters import add_adapters, merge_adapters
+from ml.learning.calibration import fit_temperature, softmax, targets_of, validation_figures
 from ml.learning.devices import best_device, use_available_cores
-from ml.learning.encoder import Classifier, ClassifierSettings
-from ml.learning.training import TrainingArguments, learning_curve_json, train, training_metrics
-from ml.learning.training_data import read_labelled
-from ml.learning.warm_start import warm_start, warm_start_metrics
+from ml.learning.encoder import Classifier, ClassifierSettings, TokenizedTexts
+from ml.learning.ensemble import EnsembleWeights, Teacher, fit_weights, linear_logits
+from ml.learning.fast_model import Examples, fit_fast_model
+from ml.learning.hierarchical_loss import HierarchicalLoss
+from ml.learning.imbalance import choose_strength, log_shares
+from ml.learning.pretraining import pretrain, pretraining_plan
+from ml.learning.training import (
+    TrainingArguments,
+    TrainingState,
+    learning_curve_json,
+    train,
+    training_metrics,
+)
+from ml.learning.training_data import LabelledTexts, read_labelled, read_unlabelled
+from ml.learning.warm_start import WarmStart, warm_start, warm_start_metrics
 from ml.offers import TEXT_VERSION
 from ml.runner import StageContext
-from ml.stages import TeacherParameters
+from ml.serving.fast_model import FastModel, FastModelSettings
+from ml.stages import FastModelParameters, TeacherParameters
 from ml.taxonomy import Taxonomy
 
 
 def train_teacher(context: StageContext, parameters: TeacherParameters) -> dict[str, Any]:
-    """Read the sample, train, calibrate, write the classifier folder; returns its metrics.
+    """Read the sample, train, calibrate, write the teacher's folder; returns its metrics.
 
     Of several processes that share the work, only the first writes.
 
@@ -39,11 +62,11 @@ def train_teacher(context: StageContext, parameters: TeacherParameters) -> dict[
         InputError: the encoder cannot be had, or the sample has no training or validation offers.
     """
     use_available_cores()
-    taxonomy_folder = context.input("catalog_taxonomy")
+    taxonomy_folder, sample = context.input("catalog_taxonomy"), context.input("training_sample")
     taxonomy = Taxonomy.load(taxonomy_folder)
-    training = read_labelled(context.input("training_sample"), "train")
-    validation = read_labelled(context.input("training_sample"), "validation")
-    labels = sorted(set(training.categories))
+    training, validation = read_labelled(sample, "train"), read_labelled(sample, "validation")
+    unlabelled = read_unlabelled(sample).texts
+    labels = _labels(training, taxonomy, parameters)
     settings = ClassifierSettings(
         text_version=TEXT_VERSION,
         taxonomy_version=short_version(read_manifest(taxonomy_folder).digest),
@@ -51,110 +74,240 @@ def train_teacher(context: StageContext, parameters: TeacherParameters) -> dict[
         instruction=parameters.instruction,
     )
     started = warm_start(context, "teacher_checkpoint", parameters, parameters.instruction, labels)
-    model = (
-        started.model.with_settings(**msgspec.structs.asdict(settings))
-        if started
-        else Classifier.from_encoder(
-            parameters.encoder, labels, settings, digest=parameters.encoder_digest
-        ).to(best_device())
-    )
+    model = _untrained(started, labels, settings, parameters)
     context.progress.say(
         f"{model.parameter_count / 1e6:.1f} M parameters, {len(training.texts):,} offers to learn from, "
         f"{len(validation.texts):,} to validate on, {len(labels):,} categories"
     )
-    hierarchy = HierarchicalLoss(taxonomy, labels, parameters.ancestor_loss, model.device)
-    targets = torch.from_numpy(targets_of(labels, training.categories)).to(model.device)
-    weights = torch.from_numpy(training.weights).float().to(model.device)
-
-    def batch_loss(logits: Tensor, rows: NDArray[np.int64]) -> Tensor:
-        index = torch.from_numpy(rows)
-        return hierarchy(logits, targets[index], weights[index])
-
-    def initialise() -> None:
-        context.progress.say("initialising the output layer")
-        names = [taxonomy.path(label) for label in labels]
-        (started or model).initialise_head(training.texts, training.categories, names)
-
-    texts = model.tokenize(training.texts)
-    state = train(
-        model,
-        texts,
-        batch_loss=batch_loss,
-        validate=lambda: validation_figures(
-            model.predict_logits(validation.texts), labels, validation.categories
-        ),
-        initialise=initialise,
-        plan=TrainingArguments.of(parameters),
-        checkpoints=context.checkpoints,
-        progress=context.progress,
-    )
+    lesson = _Lesson(context, parameters, taxonomy, labels, validation)
+    state, texts = lesson.learn(model, training, unlabelled, started)
+    guessed = lesson.learn_from_guesses(model, training, unlabelled)
+    if parameters.lora_rank:
+        merge_adapters(model)
     logits = model.predict_logits(validation.texts)
-    temperature = fit_temperature(logits, targets_of(labels, validation.categories))
-    figures = validation_figures(logits / temperature, labels, validation.categories)
     if not context.is_first:
         return {}
-    model.with_settings(temperature=temperature).save(context.output)
+    teacher, figures = _put_together(context, model, logits, training, validation, parameters)
+    teacher.save(context.output)
     (context.output / "learning_curve.json").write_bytes(learning_curve_json(state))
     shutil.copyfile(taxonomy_folder / "taxonomy.parquet", context.output / "taxonomy.parquet")
     return {
         **training_metrics(model, state, texts, parameters.epochs),
         **warm_start_metrics(started, labels),
-        **{f"validation_{name}": round(value, 6) for name, value in figures.items()},
+        "rows": len(training.texts),
+        "pseudo_labelled_rows": guessed,
+        "cold_categories": len(set(labels) - set(training.categories)),
+        **figures,
         "validation_rows": len(validation.texts),
-        "temperature": round(temperature, 4),
         "size_bytes": sum(path.stat().st_size for path in context.output.rglob("*") if path.is_file()),
     }
 
 
-class HierarchicalLoss:
-    """Cross-entropy at the category, plus a weighted one at every level above it.
+def _labels(training: LabelledTexts, taxonomy: Taxonomy, parameters: TeacherParameters) -> list[str]:
+    """What the teacher can answer: every category of an offer, and leaves without one if they are wanted."""
+    cold = taxonomy.leaves if parameters.cold_categories else []
+    return sorted({*training.categories, *cold})
 
-    A label may itself have children that are labels: its probability then counts for its own subtree
-    like theirs does, and rows of it have no loss below its own level.
-    """
+
+def _untrained(
+    started: WarmStart | None, labels: list[str], settings: ClassifierSettings, parameters: TeacherParameters
+) -> Classifier:
+    """The encoder before its first step, on the device to train on."""
+    if started:
+        model = started.model.with_settings(**msgspec.structs.asdict(settings))
+    else:
+        model = Classifier.from_encoder(
+            parameters.encoder, labels, settings, digest=parameters.encoder_digest
+        )
+    if parameters.lora_rank:
+        torch.manual_seed(parameters.seed)
+        add_adapters(model, parameters.lora_rank)
+    model.to(best_device())
+    return model
+
+
+class _Lesson:
+    """What the encoder is taught, and how."""
 
     def __init__(
-        self, taxonomy: Taxonomy, labels: list[str], ancestor_weight: float, device: torch.device
+        self,
+        context: StageContext,
+        parameters: TeacherParameters,
+        taxonomy: Taxonomy,
+        labels: list[str],
+        validation: LabelledTexts,
     ) -> None:
-        self._ancestor_weight = ancestor_weight
-        self._groupings = [
-            torch.from_numpy(grouping).to(device) for grouping in ancestor_groups(taxonomy, labels)
-        ]
-        self._level = torch.tensor([taxonomy.level(label) for label in labels], device=device)
+        self._context = context
+        self._parameters = parameters
+        self._plan = TrainingArguments.of(parameters)
+        self._taxonomy = taxonomy
+        self._labels = labels
+        self._names = [taxonomy.path(label) for label in labels]
+        self._validation = validation
 
-    def __call__(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        """Mean over the rows of their ``weights`` (rows,) times their losses.
+    def learn(
+        self,
+        model: Classifier,
+        training: LabelledTexts,
+        unlabelled: Sequence[str],
+        started: WarmStart | None,
+    ) -> tuple[TrainingState, TokenizedTexts]:
+        """Train on the labelled offers; returns the final state and what was read."""
 
-        Args:
-            logits: Shape (rows, classes).
-            targets: Class numbers, (rows,).
-            weights: What each row counts, (rows,).
-        """
-        log_probabilities = functional.log_softmax(logits, dim=1)
-        # Logarithms are weighed, not losses: so torch adds up rows of weight 1 as if there were no weights.
-        loss = functional.nll_loss(log_probabilities * weights[:, None], targets)
-        if not self._ancestor_weight:
-            return loss
-        for level, group_of_class in enumerate(self._groupings, start=1):
-            below = self._level[targets] > level
-            in_group = group_of_class[None, :] == group_of_class[targets[below], None]
-            kept = log_probabilities[below].masked_fill(~in_group, -torch.inf)
-            of_ancestors = torch.logsumexp(kept, dim=1) * weights[below]
-            loss = loss - self._ancestor_weight * of_ancestors.sum() / len(targets)
-        return loss
+        def initialise() -> None:
+            if self._parameters.pretraining_epochs and not started:
+                pretrain(
+                    model,
+                    [*training.texts, *unlabelled],
+                    pretraining_plan(self._plan, self._parameters.pretraining_epochs),
+                    self._context.checkpoints / "pretraining",
+                    self._context.progress,
+                )
+            self._context.progress.say("initialising the output layer")
+            (started or model).initialise_head(training.texts, training.categories, self._names)
+
+        return self._train(
+            model, self._with_names(training), self._plan, self._context.checkpoints, initialise
+        )
+
+    def learn_from_guesses(
+        self, model: Classifier, training: LabelledTexts, unlabelled: Sequence[str]
+    ) -> int:
+        """Train on labelled offers and confident guesses (Lee 2013, "Pseudo-Label"); returns their number."""
+        epochs, sure = self._parameters.pseudo_label_epochs, self._parameters.pseudo_label_confidence
+        if not epochs or not unlabelled:
+            return 0
+        targets = targets_of(self._labels, self._validation.categories)
+        temperature = fit_temperature(model.predict_logits(self._validation.texts), targets)
+        probabilities = softmax(model.predict_logits(unlabelled) / temperature)
+        guesses, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
+        rows = np.flatnonzero(confidence >= sure).tolist()
+        self._context.progress.say(f"{len(rows):,} of {len(unlabelled):,} unlabelled offers are clear enough")
+        if not len(rows):
+            return 0
+        together = LabelledTexts(
+            training.texts + [unlabelled[row] for row in rows],
+            training.categories + [self._labels[guesses[row]] for row in rows],
+            np.concatenate([training.weights, confidence[rows].astype(np.float64)]),
+        )
+        plan = msgspec.structs.replace(self._plan, epochs=epochs)
+        self._train(
+            model,
+            self._with_names(together),
+            plan,
+            self._context.checkpoints / "pseudo_labels",
+            lambda: None,
+        )
+        return len(rows)
+
+    def _with_names(self, offers: LabelledTexts) -> LabelledTexts:
+        if not self._parameters.category_names:
+            return offers
+        return LabelledTexts(
+            offers.texts + self._names,
+            offers.categories + self._labels,
+            np.concatenate([offers.weights, np.ones(len(self._names))]),
+        )
+
+    def _train(
+        self,
+        model: Classifier,
+        offers: LabelledTexts,
+        plan: TrainingArguments,
+        checkpoints: Path,
+        initialise: Callable[[], None],
+    ) -> tuple[TrainingState, TokenizedTexts]:
+        hierarchy = HierarchicalLoss(
+            self._taxonomy, self._labels, self._parameters.ancestor_loss, model.device
+        )
+        targets = torch.from_numpy(targets_of(self._labels, offers.categories)).to(model.device)
+        weights = torch.from_numpy(offers.weights).float().to(model.device)
+
+        def batch_loss(logits: Tensor, rows: NDArray[np.int64]) -> Tensor:
+            index = torch.from_numpy(rows)
+            return hierarchy(logits, targets[index], weights[index])
+
+        texts = model.tokenize(offers.texts)
+        validation = self._validation
+        state = train(
+            model,
+            texts,
+            batch_loss=batch_loss,
+            validate=lambda: validation_figures(
+                model.predict_logits(validation.texts), self._labels, validation.categories
+            ),
+            initialise=initialise,
+            plan=plan,
+            checkpoints=checkpoints,
+            progress=self._context.progress,
+        )
+        return state, texts
 
 
-def ancestor_groups(taxonomy: Taxonomy, labels: list[str]) -> list[NDArray[np.int64]]:
-    """Which labels belong together at each level above the deepest label.
+def _put_together(
+    context: StageContext,
+    model: Classifier,
+    logits: NDArray[np.float32],
+    training: LabelledTexts,
+    validation: LabelledTexts,
+    parameters: TeacherParameters,
+) -> tuple[Teacher, dict[str, float]]:
+    """Encoder and linear model as one teacher, and its figures on the validation offers.
 
-    Returns:
-        Arrays (classes,), one per level from the root down: the number of the label's ancestor (or
-        of the label itself) at that level, -1 where the label lies above the level.
+    Args:
+        context: Of the stage.
+        model: The trained encoder.
+        logits: Of the encoder on the validation offers, (offers, classes).
+        training: What was learned from.
+        validation: What weights and adjustment are chosen by.
+        parameters: Of the stage.
     """
-    paths = [taxonomy.ancestors(label) for label in labels]
-    groupings = []
-    for level in range(1, max(len(path) for path in paths)):
-        nodes = [path[level - 1] if len(path) >= level else None for path in paths]
-        number = {node: index for index, node in enumerate(dict.fromkeys(nodes)) if node is not None}
-        groupings.append(np.array([number.get(node, -1) if node else -1 for node in nodes], dtype=np.int64))
-    return groupings
+    labels = model.labels
+    targets = targets_of(labels, validation.categories)
+    linear, of_linear = None, None
+    if parameters.ensemble:
+        linear = _linear_model(context, training, model, parameters)
+        of_linear = linear_logits(linear, labels, validation.texts)
+    weights = fit_weights(logits, of_linear, targets)
+    shares = log_shares(targets_of(labels, training.categories), len(labels))
+    strength = parameters.logit_adjustment
+    if strength is None:
+        strength = choose_strength(_blended(logits, of_linear, weights), targets, shares)
+    if strength and weights.encoder:
+        # What is subtracted from the sum of both is a bias of the encoder's output layer.
+        bias = (strength / weights.encoder * shares).astype(np.float32)
+        with torch.no_grad():
+            model.head.bias -= torch.from_numpy(bias).to(model.device)
+        logits = logits - bias
+        weights = fit_weights(logits, of_linear, targets)
+    temperature = fit_temperature(logits, targets)
+    alone = validation_figures(logits / temperature, labels, validation.categories)
+    figures = validation_figures(_blended(logits, of_linear, weights), labels, validation.categories)
+    return Teacher(model.with_settings(temperature=temperature), linear, weights), {
+        **{f"validation_{name}": round(value, 6) for name, value in figures.items()},
+        **{f"encoder_validation_{name}": round(value, 6) for name, value in alone.items()},
+        "temperature": round(temperature, 4),
+        "encoder_weight": round(weights.encoder, 4),
+        "linear_weight": round(weights.linear, 4),
+        "logit_adjustment": strength if weights.encoder else 0.0,
+    }
+
+
+def _blended(
+    encoder: NDArray[np.float32], linear: NDArray[np.float32] | None, weights: EnsembleWeights
+) -> NDArray[np.float32]:
+    blended: NDArray[np.float32] = weights.encoder * encoder
+    return blended if linear is None else blended + weights.linear * linear
+
+
+def _linear_model(
+    context: StageContext, training: LabelledTexts, model: Classifier, parameters: TeacherParameters
+) -> FastModel:
+    context.progress.say("training the linear model")
+    labels = sorted(set(training.categories))
+    rows = np.arange(len(training.texts))
+    examples = Examples(training.texts, rows, targets_of(labels, training.categories), training.weights)
+    settings = FastModelSettings(text_version=model.text_version, taxonomy_version=model.taxonomy_version)
+    return fit_fast_model(
+        examples, labels, settings, FastModelParameters(seed=parameters.seed), context.progress
+    )

@@ -109,6 +109,8 @@ def train(
     if state is None:
         initialise()
         state = TrainingState()
+    for point in state.curve:
+        progress.figures(point)
     step = _Step(model, optimiser, fabric, world)
     steps_per_epoch = -(-len(texts) // plan.batch_size)
     total_steps = steps_per_epoch * plan.epochs
@@ -133,6 +135,7 @@ def train(
                 epoch_ends = state.step % steps_per_epoch == 0
                 if epoch_ends or state.step % steps_per_epoch % curve_interval == 0:
                     _add_point(state, epoch, validate() if epoch_ends else {})
+                    progress.figures(state.curve[-1])
                 if epoch_ends:
                     progress.say(_describe(state.curve[-1], plan.epochs))
                 is_due = epoch_ends or time.monotonic() - last_checkpoint_at >= plan.checkpoint_seconds

@@ -43,6 +43,7 @@ _COLUMN_TYPES: dict[str, pa.DataType] = {
     "actual_top": pa.string(),
     "right": pa.bool_(),  # in the model's own taxonomy: its category, or one of its successors
     "right_in_force": pa.bool_(),  # ``predicted`` is ``actual``
+    # Of an answer marked for review, which leaves a choice, both hold too if ``actual`` lies below it.
 }
 COMPARED_SCHEMA = pa.schema(_COLUMN_TYPES)
 """One row per offer that somebody decided about and the model had catalogued."""
@@ -114,7 +115,8 @@ def compare(
         found = database.execute("""
             SELECT c.offer_id, c.day, date_diff('day', c.day::DATE, decided_on::DATE) AS delay_days,
                 coalesce(country, '') AS country, model_version, taxonomy_version,
-                coalesce(c.category_id, '') AS predicted_as, confidence, d.category_id AS actual
+                coalesce(c.category_id, '') AS predicted_as, confidence, needs_review,
+                d.category_id AS actual
             FROM decision AS d JOIN catalogued AS c ON c.offer_id = d.offer_id AND c.day <= d.decided_on
             LEFT JOIN place ON place.offer_id = c.offer_id AND place.day = c.day
             QUALIFY row_number() OVER (PARTITION BY c.offer_id ORDER BY c.day DESC) = 1
@@ -145,12 +147,14 @@ def _see(database: duckdb.DuckDBPyConnection, context: StageContext, days: Mappi
         f"WHERE standing = '{NEWEST}'"
     )
     catalogued = [
-        f"SELECT offer_id, category_id, confidence, model_version, taxonomy_version, {_literal(day)} AS day "
+        f"SELECT offer_id, category_id, confidence, coalesce(needs_review, false) AS needs_review, "
+        f"model_version, taxonomy_version, {_literal(day)} AS day "
         f"FROM read_parquet({_literal(folder / 'catalogued.parquet')})"
         for day, folder in days.items()
     ]
     nothing = (
         "SELECT NULL::VARCHAR AS offer_id, NULL::VARCHAR AS category_id, NULL::DOUBLE AS confidence, "
+        "NULL::BOOLEAN AS needs_review, "
         "NULL::VARCHAR AS model_version, NULL::VARCHAR AS taxonomy_version, NULL::VARCHAR AS day LIMIT 0"
     )
     database.execute(f"CREATE TEMP VIEW catalogued AS {' UNION ALL '.join(catalogued or [nothing])}")
@@ -209,9 +213,14 @@ class _InForce:
         found["predicted"] = [self.category(v, p) for v, p in zip(versions, predicted, strict=True)]
         found["predicted_top"] = [self._top(category) for category in found["predicted"]]
         found["actual_top"] = [self._top(category) for category in actual]
-        found["right_in_force"] = found["predicted"] == found["actual"]
+        answered = [
+            {a, *(self._above(a) if is_marked else ())}
+            for a, is_marked in zip(actual, found["needs_review"], strict=True)
+        ]
+        found["right_in_force"] = [p in of for p, of in zip(found["predicted"], answered, strict=True)]
         found["right"] = [
-            a in self._meanings(v, p) for v, p, a in zip(versions, predicted, actual, strict=True)
+            not self._meanings(v, p).isdisjoint(of)
+            for v, p, of in zip(versions, predicted, answered, strict=True)
         ]
         return found[COMPARED_SCHEMA.names]
 
@@ -226,6 +235,9 @@ class _InForce:
             needed = self._transitions.for_labels_of(self._transitions.digest_of(taxonomy_version))
             self._needed[taxonomy_version] = needed
             self._moves[taxonomy_version] = most_likely_moves(needed.values())
+
+    def _above(self, category_id: str) -> list[str]:
+        return self._taxonomy.ancestors(category_id) if category_id in self._taxonomy else []
 
     def _top(self, category_id: str) -> str:
         return self._taxonomy.ancestor_at(category_id, 1)

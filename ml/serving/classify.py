@@ -1,16 +1,17 @@
 """``python -m ml classify``: the category of every offer of a feed file, as Parquet.
 
 The feed is read as the pipeline reads it, row by row and in its order, and every row of it is in the
-result: one that cannot be classified has no category and says why in ``problem``.
+result: one that cannot be classified has no category and says why in ``problem``. What is finished lies
+in ``OUT.parts/`` until all is (:mod:`ml.serving.parts`): the same command after a kill goes on from there.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from dotenv import dotenv_values
 
-from ml.artifacts import ArtifactRef
+from ml.artifacts import ArtifactRef, read_manifest
 from ml.errors import InputError
-from ml.feed.reading import discover_files, read_batches
+from ml.feed.reading import discover_files, fingerprint, read_batches
+from ml.offers import TEXT_VERSION
 from ml.progress import Progress
+from ml.serving.parts import Job, Parts, Place, Source, parts_of, problems_in
 from ml.serving.pool import PredictorPool, WorkerError
-from ml.serving.predictor import PREDICTION_SCHEMA, TEXT_COLUMNS, prediction_table
+from ml.serving.predictor import PREDICTION_SCHEMA, TEXT_COLUMNS, Prediction, prediction_table
+from ml.serving.workers import cores_for_workers
 
 OUTPUT_SCHEMA = PREDICTION_SCHEMA.append(pa.field("problem", pa.string()))
 
 _BATCH_OFFERS = 512
-_ROW_GROUP_OFFERS = 65_536
-_FEED_COLUMNS = ("offer_id", *TEXT_COLUMNS, "problem")
+_PART_OFFERS = 16_384
+"""What a kill can cost, beside what was under way."""
+
+_FEED_COLUMNS = ("offer_id", *TEXT_COLUMNS, "country", "problem")
 _PROBLEMS_SHOWN = 5
 
 
@@ -42,12 +48,17 @@ def main(arguments: Sequence[str]) -> None:
     """
     options = _options(arguments)
     progress = Progress("classify")
+    model = model_folder(options.model)
+    if options.plan:
+        job = _job(model, options.input)
+        with parts_of(options.output, job) as parts:
+            parts.take_over()
+            progress.say(_plan(model, job, parts, options.workers))
+        return
     try:
-        counts = classify(
-            model_folder(options.model), options.input, options.output, options.workers, progress
-        )
+        counts = classify(model, options.input, options.output, options.workers, progress)
     except WorkerError as error:
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit(f"error: {error}; the same command goes on from what is finished") from None
     offers, problems = counts.total(), counts.total() - counts[None]
     progress.say(f"{offers:,} offers in {options.output}: {counts[None]:,} classified, {problems:,} not")
     for problem, count in counts.most_common(_PROBLEMS_SHOWN + 1):
@@ -59,6 +70,10 @@ def classify(
     model: Path, feed: str, output: Path, workers: int | None = None, progress: Progress | None = None
 ) -> Counter[str | None]:
     """Write the category of every offer of ``feed`` to ``output``, in constant memory.
+
+    Killed at any moment, the same call goes on where it stopped: no offer is lost, doubled or out of
+    order. With another model it starts anew; where only files of the feed changed, with the first part
+    that holds offers of one of them. An output that is complete already is left alone.
 
     Args:
         model: A ``compiled_student`` artifact.
@@ -72,22 +87,91 @@ def classify(
 
     Raises:
         InputError: the model, a file of the feed or the place of the output cannot be used.
-        WorkerError: a predictor process died.
+        WorkerError: predictor processes died.
     """
     progress = progress or Progress("classify")
-    files = _files_of(feed)
-    counts: Counter[str | None] = Counter()
+    job = _job(model, feed)
+    with parts_of(output, job) as parts:
+        if parts.is_joined():
+            progress.say(f"{output} is complete already; remove it to classify these offers once more")
+            counts = _problems_of(output)
+        else:
+            if message := parts.take_over():
+                progress.say(message)
+            progress.say(_plan(model, job, parts, workers))
+            _classify_rest(model, job, parts, workers, progress)
+            counts = parts.join(OUTPUT_SCHEMA, progress)
+        parts.clear()
+    return counts
+
+
+def _job(model: Path, feed: str) -> Job:
+    sources = [Source(file, fingerprint(file)) for file in _files_of(feed)]
+    return Job(
+        model=read_manifest(model).digest,
+        text_version=TEXT_VERSION,
+        columns=[f"{field.name} {field.type}" for field in OUTPUT_SCHEMA],
+        sources=sources,
+    )
+
+
+def _plan(model: Path, job: Job, parts: Parts, workers: int | None) -> str:
+    """What there is to do, in one line."""
+    total = _offers_in(job)
+    processes = len(cores_for_workers(model, workers))
+    offers = "offers (how many is known when all are read)" if total is None else f"{total:,} offers"
+    pieces = "parts" if total is None else f"{-(-total // _PART_OFFERS):,} parts"
+    done = f", {parts.offers:,} offers in {parts.count:,} parts are done" if parts.count else ""
+    return f"{offers} in {len(job.sources):,} files, {pieces} of {_PART_OFFERS:,}, {processes} workers{done}"
+
+
+def _classify_rest(model: Path, job: Job, parts: Parts, workers: int | None, progress: Progress) -> None:
+    """Add the parts that are missing."""
+    total = _offers_in(job)
+    if total is not None and parts.offers == total:
+        return
+    places: deque[Place] = deque()
+    waiting: list[pa.Table] = []
+    rows = 0
     with (
-        _parquet_writer(output) as writer,
         PredictorPool(model, workers) as pool,
-        progress.bar("classifying", total=_offers_in(files), unit="offers") as bar,
+        progress.bar("classifying", total=total, unit="offers", done=parts.offers) as bar,
     ):
-        for predictions in pool.predict(_batches(files)):
-            table = prediction_table(predictions)
-            problems = [prediction.problem for prediction in predictions]
-            writer.write(table.append_column("problem", pa.array(problems, pa.string())))
-            counts.update(problems)
+        done_before, started_at = parts.offers, time.monotonic()
+        for predictions in pool.predict(_batches(job.sources, parts.place, places)):
+            waiting.append(_table(predictions))
+            rows += len(predictions)
+            place = places.popleft()
             bar.update(len(predictions))
+            if rows >= _PART_OFFERS:
+                is_first = parts.offers == done_before
+                parts.add(pa.concat_tables(waiting), place)
+                waiting, rows = [], 0
+                if is_first:
+                    progress.say(_estimate(parts.offers - done_before, total, parts, started_at))
+        if waiting:
+            parts.add(pa.concat_tables(waiting), place)
+
+
+def _table(predictions: Sequence[Prediction]) -> pa.Table:
+    problems = pa.array([prediction.problem for prediction in predictions], pa.string())
+    return prediction_table(predictions).append_column(OUTPUT_SCHEMA.field("problem"), problems)
+
+
+def _estimate(offers: int, total: int | None, parts: Parts, started_at: float) -> str:
+    """How long the rest will take, judged by the first part."""
+    rate = offers / max(time.monotonic() - started_at, 1e-9)
+    if total is None:
+        return f"the first part went at {rate:,.0f} offers/s"
+    minutes = (total - parts.offers) / rate / 60
+    return f"the first part went at {rate:,.0f} offers/s; about {minutes:,.1f} min for the other offers"
+
+
+def _problems_of(output: Path) -> Counter[str | None]:
+    counts: Counter[str | None] = Counter()
+    with pq.ParquetFile(output) as file:
+        for batch in file.iter_batches(columns=["problem"]):
+            counts.update(problems_in(pa.Table.from_batches([batch])))
     return counts
 
 
@@ -102,8 +186,7 @@ def model_folder(model: str) -> Path:
     """
     if model != "current":
         return Path(model)
-    settings = {**dotenv_values(".env"), **os.environ}
-    home = Path(settings.get("OFFER_ASSETS_HOME") or ".offer_assets").expanduser()
+    home = pipeline_home()
     pointers = sorted(home.glob("pointers/*/offer_endpoint.json"), key=lambda file: file.stat().st_mtime)
     if not pointers:
         raise InputError(
@@ -119,6 +202,12 @@ def model_folder(model: str) -> Path:
     return home / "artifacts" / deployed.kind / deployed.key
 
 
+def pipeline_home() -> Path:
+    """``OFFER_ASSETS_HOME`` of the environment or of ``.env``, or its default."""
+    settings = {**dotenv_values(".env"), **os.environ}
+    return Path(settings.get("OFFER_ASSETS_HOME") or ".offer_assets").expanduser()
+
+
 def _files_of(feed: str) -> list[str]:
     try:
         return discover_files(feed)
@@ -126,16 +215,29 @@ def _files_of(feed: str) -> list[str]:
         raise InputError(str(error).replace("OFFER_FEED", "IN", 1)) from None
 
 
-def _batches(files: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
-    for file in files:
-        for batch in read_batches(file):
+def _batches(sources: Sequence[Source], place: Place, places: deque[Place]) -> Iterator[list[dict[str, Any]]]:
+    """The offers from ``place`` on; for each batch, the place behind it is put into ``places``.
+
+    Raises:
+        InputError: a file cannot be read, or is another one than when it was looked at.
+    """
+    for number in range(place.file, len(sources)):
+        source = sources[number]
+        row = place.row if number == place.file else 0
+        for batch in read_batches(source.uri, skip=row):
             columns = batch.select(list(_FEED_COLUMNS))
             for start in range(0, columns.num_rows, _BATCH_OFFERS):
-                yield columns.slice(start, _BATCH_OFFERS).to_pylist()
+                offers = columns.slice(start, _BATCH_OFFERS)
+                row += offers.num_rows
+                places.append(Place(number, row))
+                yield offers.to_pylist()
+        if fingerprint(source.uri) != source.fingerprint:
+            raise InputError(f"{source.uri} changed while it was read; run again")
 
 
-def _offers_in(files: Sequence[str]) -> int | None:
+def _offers_in(job: Job) -> int | None:
     """Rows in all, where the files know it without being read."""
+    files = [source.uri for source in job.sources]
     if not all(file.endswith(".parquet") and Path(file).is_file() for file in files):
         return None
     try:
@@ -144,49 +246,12 @@ def _offers_in(files: Sequence[str]) -> int | None:
         return None  # reading the feed says what is wrong with it
 
 
-@contextmanager
-def _parquet_writer(output: Path) -> Iterator[_GroupedWriter]:
-    """Writes beside ``output`` and moves it there if all went well; else nothing of it stays."""
-    if output.is_dir():
-        raise InputError(f"{output} is a folder; name the Parquet file to write")
-    if not output.parent.is_dir():
-        raise InputError(f"{output}: folder {output.parent} does not exist; create it or name another")
-    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    try:
-        with pq.ParquetWriter(partial, OUTPUT_SCHEMA, compression="zstd") as writer:
-            grouped = _GroupedWriter(writer)
-            yield grouped
-            grouped.flush()
-        partial.rename(output)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-class _GroupedWriter:
-    """Collects small tables into row groups worth reading."""
-
-    def __init__(self, writer: pq.ParquetWriter) -> None:
-        self._writer = writer
-        self._tables: list[pa.Table] = []
-        self._rows = 0
-
-    def write(self, table: pa.Table) -> None:
-        self._tables.append(table)
-        self._rows += table.num_rows
-        if self._rows >= _ROW_GROUP_OFFERS:
-            self.flush()
-
-    def flush(self) -> None:
-        if self._tables:
-            self._writer.write_table(pa.concat_tables(self._tables))
-        self._tables, self._rows = [], 0
-
-
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m ml classify",
         description="Assign a category to every offer of a feed and write "
-        f"{', '.join(OUTPUT_SCHEMA.names)} as Parquet, in the order of the feed.",
+        f"{', '.join(OUTPUT_SCHEMA.names)} as Parquet, in the order of the feed. After a kill, the same "
+        "command goes on where it stopped (finished parts lie in OUT.parts).",
     )
     parser.add_argument(
         "--model", required=True, metavar="DIR", help="a compiled_student artifact, or 'current'"
@@ -197,6 +262,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="N",
         help="processes (one per core; on a Neuron host one per Neuron core)",
     )
+    parser.add_argument("--plan", action="store_true", help="say what there is to do, and stop")
     parser.add_argument("input", metavar="IN", help="offer feed: file, folder, glob or URI")
     parser.add_argument("output", metavar="OUT", type=Path, help="Parquet file to write")
     options = parser.parse_args(arguments)

@@ -21,6 +21,9 @@ from ml.errors import InputError
 
 DEVICE_FAMILY = "inf2"
 
+REFERENCE = "reference_"
+"""Before the metrics of a model that cannot run where it was compiled: they are its reference's."""
+
 COMPILER_ARGUMENTS = [
     "--target",
     DEVICE_FAMILY,

@@ -22,12 +22,12 @@ Probabilities = NDArray[np.float32]
 
 
 def evaluation_sample(folder: Path, offers: int) -> pa.Table:
-    """At most ``offers`` rows (text, category_id), evenly spread over the evaluation set in ``folder``.
+    """At most ``offers`` rows (text, category_id, country) of an evaluation set, evenly spread over it.
 
     Raises:
         InputError: it has none.
     """
-    table = pq.read_table(folder / "offers.parquet", columns=["text", "category_id"])
+    table = pq.read_table(folder / "offers.parquet", columns=["text", "category_id", "country"])
     if table.num_rows == 0:
         raise InputError(f"{folder / 'offers.parquet'} has no offers; the compiled model is compared on them")
     rows = np.linspace(0, table.num_rows - 1, min(offers, table.num_rows)).round().astype(np.int64)

@@ -7,6 +7,7 @@ is ``python -m ml.serving.pool FOLDER``; it ends when its standard input does.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import subprocess
 import sys
@@ -28,13 +29,22 @@ _LENGTH_BYTES = 4
 _BATCHES_PER_WORKER = 2
 """One being computed and one waiting: no worker idles, no more than these are in memory."""
 
-_COLUMNS = ("offer_id", "problem", *TEXT_COLUMNS)
+_COLUMNS = ("offer_id", "problem", "country", *TEXT_COLUMNS)
+
+_logger = logging.getLogger(__name__)
 
 Batch = Sequence[Mapping[str, Any]]
 
 
 class WorkerError(Exception):
-    """A worker process ended though it had work to do."""
+    """Worker processes ended though they had work to do."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(
+            f"{how}; its own output says why, signal 9 mostly means that memory ran out: run again with "
+            "fewer workers"
+        )
+        self.how = how
 
 
 class _Greeting(msgspec.Struct):
@@ -58,8 +68,9 @@ class PredictorPool:
             InputError: the model cannot be loaded (see :meth:`Predictor.load`), or not so many times.
             WorkerError: a worker died while loading.
         """
-        cores = cores_for_workers(Path(folder), workers)
-        self._workers = [_Worker(Path(folder), core) for core in cores]
+        self._folder = Path(folder)
+        cores = cores_for_workers(self._folder, workers)
+        self._workers = [_Worker(self._folder, core) for core in cores]
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         self._threads = ThreadPoolExecutor(len(cores), thread_name_prefix="predictor-pool")
         try:
@@ -78,8 +89,10 @@ class PredictorPool:
     def predict(self, batches: Iterable[Batch]) -> Iterator[list[Prediction]]:
         """Predictions of each batch of offers, in the order of ``batches``, which are read as needed.
 
+        In place of a worker that dies another is started, and gets the batch once more.
+
         Raises:
-            WorkerError: a worker died; what was yielded before stands.
+            WorkerError: the second died of it, too; what was yielded before stands.
         """
         pending: deque[Future[list[Prediction]]] = deque()
         for batch in batches:
@@ -106,15 +119,28 @@ class PredictorPool:
     def _predict_one(self, batch: Batch) -> list[Prediction]:
         worker = self._idle.get()
         try:
-            return worker.predict(batch)
+            try:
+                return worker.predict(batch)
+            except WorkerError as error:
+                _logger.warning("%s; another takes its place", error.how)
+                worker = self._replace(worker)
+                return worker.predict(batch)
         finally:
             self._idle.put(worker)
+
+    def _replace(self, dead: _Worker) -> _Worker:
+        dead.close()
+        fresh = _Worker(self._folder, dead.neuron_core)
+        self._workers[self._workers.index(dead)] = fresh
+        fresh.wait_until_ready()
+        return fresh
 
 
 class _Worker:
     """The parent's end of one worker process."""
 
     def __init__(self, folder: Path, neuron_core: int | None) -> None:
+        self.neuron_core = neuron_core
         self.process = subprocess.Popen(
             [sys.executable, "-m", __name__, str(folder)],
             stdin=subprocess.PIPE,
@@ -157,10 +183,7 @@ class _Worker:
     def _death(self) -> WorkerError:
         status = self.process.wait()
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-        return WorkerError(
-            f"a predictor process ({self.process.pid}) {how}; its own output says why, signal 9 mostly "
-            "means that memory ran out: run again with fewer workers"
-        )
+        return WorkerError(f"a predictor process ({self.process.pid}) {how}")
 
 
 def _write_frame(stream: BinaryIO | Any, payload: bytes) -> None:
@@ -190,7 +213,10 @@ def _work(folder: str) -> None:
     _write_frame(answers, msgspec.msgpack.encode(_Greeting(model_version=predictor.model_version)))
     while (frame := _read_frame(requests)) is not None:
         offers = msgspec.msgpack.decode(frame, type=list[dict[str, Any]])
-        _write_frame(answers, msgspec.msgpack.encode(predictor.predict(offers)))
+        try:
+            _write_frame(answers, msgspec.msgpack.encode(predictor.predict(offers)))
+        except BrokenPipeError:  # nobody is there to take it: the parent was killed
+            os._exit(0)
 
 
 if __name__ == "__main__":

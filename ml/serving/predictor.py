@@ -1,6 +1,7 @@
 """The compiled model at work: offers in, predictions out, the same ones wherever it runs.
 
-:class:`Predictor` is the verified artifact around a :class:`ml.serving.compiled_model.CompiledModel`.
+:class:`Predictor` is the verified artifact: the fast model, the student behind it
+(:class:`ml.serving.compiled_model.CompiledModel`) and what decides between them (:mod:`ml.serving.cascade`).
 Notebook, bulk classification and endpoint all use this one class: a text has one answer on given hardware,
 in any order, beside any others and from any process.
 """
@@ -21,7 +22,9 @@ from numpy.typing import NDArray
 from ml.artifacts import short_version, verify
 from ml.errors import InputError
 from ml.offers import offer_text
+from ml.serving.cascade import FAST, FAST_FOLDER, STUDENT, Cascade, CascadeSettings, Floats, Tier, best_labels
 from ml.serving.compiled_model import CompiledModel
+from ml.serving.fast_model import FastModel
 from ml.stages import SERVABLE
 from ml.taxonomy import TAXONOMY_FILE, Taxonomy
 
@@ -30,8 +33,8 @@ TEXT_COLUMNS = ("title", "brand", "shop_category", "description")
 
 _ALTERNATIVES = 3
 _CACHED_TEXTS = 20_000
-_TEXTS_AT_ONCE = 256
-"""Bounds the float32 logits held at a time."""
+_TEXTS_AT_ONCE = 512
+"""Bounds the float32 probabilities held at a time."""
 
 _CONFIDENCE_DIGITS = 6
 
@@ -51,11 +54,16 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     category_id: str | None
     category_path: str | None
     confidence: float | None
-    """Calibrated probability of the category, in [0, 1]."""
+    """Calibrated probability of the category, in [0, 1]; of one with others below it, of all these
+    together."""
+    tier: Tier | None = None
+    """Which model answered: the fast one alone, or the student too."""
+    needs_review: bool = False
+    """No category is sure enough: this is the deepest one above that is, a person has to choose below it."""
     model_version: str
     taxonomy_version: str
     alternatives: list[Alternative] = []
-    """The next most likely categories, best first."""
+    """The next most likely categories, best first; of an answer for review the very most likely ones."""
     problem: str | None = None
 
 
@@ -64,6 +72,8 @@ _COLUMN_TYPES: dict[str, pa.DataType] = {
     "category_id": pa.string(),
     "category_path": pa.string(),
     "confidence": pa.float64(),
+    "tier": pa.string(),
+    "needs_review": pa.bool_(),
     "model_version": pa.string(),
     "taxonomy_version": pa.string(),
 }
@@ -79,23 +89,46 @@ def prediction_table(predictions: Sequence[Prediction]) -> pa.Table:
     )
 
 
+class _Answer(msgspec.Struct, frozen=True):
+    """What is said of a text offered in a country."""
+
+    category: Alternative
+    tier: Tier
+    needs_review: bool
+    alternatives: list[Alternative]
+
+
+_Key = tuple[str, str]
+"""Text and country of an offer: what an answer depends on."""
+
+
 class Predictor:
     """A compiled model whose artifact was verified; see :meth:`load`."""
 
-    def __init__(self, model: CompiledModel, taxonomy: Taxonomy, model_version: str) -> None:
-        unknown = [label for label in model.labels if label not in taxonomy]
+    def __init__(
+        self,
+        student: CompiledModel,
+        fast: FastModel,
+        settings: CascadeSettings,
+        taxonomy: Taxonomy,
+        model_version: str,
+    ) -> None:
+        unknown = [label for label in [*student.labels, *fast.labels] if label not in taxonomy]
         if unknown:
             raise InputError(
                 f"label {unknown[0]!r} of the model ({len(unknown)} in all) is not in its {TAXONOMY_FILE}; "
                 "compile the student again"
             )
-        self.labels = model.labels
+        self.student = student
+        """The student alone, whatever the fast model says."""
+        self.cascade = Cascade(settings, fast.labels, student.labels, taxonomy)
+        self.labels = self.cascade.labels
         self.model_version = model_version
-        self.taxonomy_version = model.settings.taxonomy_version
+        self.taxonomy_version = student.settings.taxonomy_version
         self.taxonomy = taxonomy
-        self._model = model
-        self._paths = [taxonomy.path(label) for label in model.labels]
-        self._answers: OrderedDict[str, list[Alternative]] = OrderedDict()
+        self._fast = fast
+        self._paths = {label: taxonomy.path(label) for label in self.labels}
+        self._answers: OrderedDict[_Key, _Answer] = OrderedDict()
         self._answers_lock = Lock()
 
     @classmethod
@@ -112,8 +145,13 @@ class Predictor:
         """
         folder = Path(folder)
         manifest = verify(folder, kinds=SERVABLE)
-        taxonomy = Taxonomy.load(folder / TAXONOMY_FILE)
-        return cls(CompiledModel.open(folder, threads), taxonomy, short_version(manifest.digest))
+        return cls(
+            CompiledModel.open(folder, threads),
+            FastModel.load(folder / FAST_FOLDER),
+            CascadeSettings.read(folder),
+            Taxonomy.load(folder / TAXONOMY_FILE),
+            short_version(manifest.digest),
+        )
 
     def predict(self, offers: Sequence[Mapping[str, Any]]) -> list[Prediction]:
         """Category of every offer, in the order of ``offers``.
@@ -126,73 +164,118 @@ class Predictor:
                 that the reader of the feed found stands.
         """
         problems = [problem_of(offer) for offer in offers]
-        texts = [
-            "" if problem else offer_text(offer) for offer, problem in zip(offers, problems, strict=True)
+        keys = [
+            None if problem else (offer_text(offer), self.cascade.country(offer.get("country")))
+            for offer, problem in zip(offers, problems, strict=True)
         ]
-        answers = self._answers_for(
-            dict.fromkeys(t for t, problem in zip(texts, problems, strict=True) if not problem)
-        )
+        answers = self._answers_for(dict.fromkeys(key for key in keys if key))
         return [
-            self._prediction(offer, problem, () if problem else answers[text])
-            for offer, text, problem in zip(offers, texts, problems, strict=True)
+            self._prediction(offer, problem, answers[key] if key else None)
+            for offer, key, problem in zip(offers, keys, problems, strict=True)
         ]
 
-    def predict_probabilities(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Calibrated probabilities, float32 (texts, classes), in the order of ``texts``.
+    def predict_probabilities(self, texts: Sequence[str], countries: Sequence[str] = ()) -> Floats:
+        """Calibrated probabilities of whichever model answers, float32 (texts, classes), in their order.
 
         Args:
             texts: Offer texts as ``ml.offers.offer_text`` makes them.
+            countries: Country of each; none where it is not known.
         """
-        row_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}
-        distinct = self._model.predict_probabilities(list(row_of))
-        return distinct[[row_of[text] for text in texts]]
+        places = [self.cascade.country(country) for country in countries or [""] * len(texts)]
+        keys = list(zip(texts, places, strict=True))
+        row_of = {key: row for row, key in enumerate(dict.fromkeys(keys))}
+        fast, by_fast, deep = self._ask(list(row_of))
+        distinct = self.cascade.on_deep_labels(fast)
+        distinct[~by_fast] = deep
+        return distinct[[row_of[key] for key in keys]]
 
-    def _answers_for(self, texts: Iterable[str]) -> dict[str, list[Alternative]]:
-        """Best categories of each of the distinct ``texts``, from memory where they were seen lately."""
-        answers: dict[str, list[Alternative]] = {}
+    def deep_probabilities(self, texts: Sequence[str], countries: Sequence[str] = ()) -> Floats:
+        """The deep answer to all, as if the fast model were sure of none; arguments as above."""
+        places = [self.cascade.country(country) for country in countries or [""] * len(texts)]
+        fast = self.cascade.fast_probabilities(self._fast.predict_probabilities(texts), places)
+        return self.cascade.deep_probabilities(fast, self.student.predict_probabilities(texts), places)
+
+    def _answers_for(self, keys: Iterable[_Key]) -> dict[_Key, _Answer]:
+        """What is said of each of the distinct ``keys``, from memory where they were seen lately."""
+        answers: dict[_Key, _Answer] = {}
         unseen = []
         with self._answers_lock:
-            for text in texts:
-                if text in self._answers:
-                    self._answers.move_to_end(text)
-                    answers[text] = self._answers[text]
+            for key in keys:
+                if key in self._answers:
+                    self._answers.move_to_end(key)
+                    answers[key] = self._answers[key]
                 else:
-                    unseen.append(text)
+                    unseen.append(key)
         for start in range(0, len(unseen), _TEXTS_AT_ONCE):
             chunk = unseen[start : start + _TEXTS_AT_ONCE]
-            ranked = self._ranked(self._model.predict_probabilities(chunk))
-            answers |= zip(chunk, ranked, strict=True)
+            answers |= zip(chunk, self._answered(chunk), strict=True)
         with self._answers_lock:
-            self._answers |= {text: answers[text] for text in unseen[-_CACHED_TEXTS:]}
+            self._answers |= {key: answers[key] for key in unseen[-_CACHED_TEXTS:]}
             while len(self._answers) > _CACHED_TEXTS:
                 self._answers.popitem(last=False)
         return answers
 
-    def _ranked(self, probabilities: NDArray[np.float32]) -> list[list[Alternative]]:
+    def _ask(self, keys: Sequence[_Key]) -> tuple[Floats, NDArray[np.bool_], Floats]:
+        """The fast model about all, the student about those of which the fast model is not sure.
+
+        Returns:
+            Probabilities of the fast model, (keys, its labels); whether it answers, (keys,); the deep answer
+            to the others, (others, :attr:`labels`).
+        """
+        texts, countries = [text for text, _ in keys], [country for _, country in keys]
+        fast = self.cascade.fast_probabilities(self._fast.predict_probabilities(texts), countries)
+        by_fast = self.cascade.is_answered_fast(fast, countries)
+        unsure = np.flatnonzero(~by_fast)
+        student = self.student.predict_probabilities([texts[row] for row in unsure])
+        deep = self.cascade.deep_probabilities(fast[unsure], student, [countries[row] for row in unsure])
+        return fast, by_fast, deep
+
+    def _answered(self, keys: Sequence[_Key]) -> list[_Answer]:
+        """What is said of each of ``keys``, in their order."""
+        fast, by_fast, deep = self._ask(keys)
+        from_fast = iter(self._ranked(fast[by_fast], self._fast.labels))
+        from_deep = zip(self._ranked(deep, self.labels), deep, strict=True)
+        return [
+            _Answer(best[0], FAST, False, best[1:])
+            if is_fast and (best := next(from_fast))
+            else self._deep_answer(*next(from_deep))
+            for is_fast in by_fast
+        ]
+
+    def _deep_answer(self, best: list[Alternative], probabilities: Floats) -> _Answer:
+        if not self.cascade.needs_review(float(probabilities.max())):
+            return _Answer(best[0], STUDENT, False, best[1:])
+        node, probability = self.cascade.sure_enough(probabilities)
+        category = Alternative(node, self.taxonomy.path(node), round(probability, _CONFIDENCE_DIGITS))
+        return _Answer(category, STUDENT, True, best[:_ALTERNATIVES])
+
+    def _ranked(self, probabilities: Floats, labels: Sequence[str]) -> list[list[Alternative]]:
         """The most likely categories of each row, best first; of equals the first label."""
-        best = np.argsort(-probabilities, axis=1, kind="stable")[:, : 1 + _ALTERNATIVES]
+        best = best_labels(probabilities, 1 + _ALTERNATIVES)
+        values = np.take_along_axis(probabilities, best, axis=1)
         return [
             [
-                Alternative(
-                    self.labels[label], self._paths[label], round(float(row[label]), _CONFIDENCE_DIGITS)
-                )
-                for label in labels
+                Alternative(labels[place], self._paths[labels[place]], round(value, _CONFIDENCE_DIGITS))
+                for place, value in zip(places, row, strict=True)
             ]
-            for row, labels in zip(probabilities, best.tolist(), strict=True)
+            for places, row in zip(best.tolist(), values.tolist(), strict=True)
         ]
 
     def _prediction(
-        self, offer: Mapping[str, Any], problem: str | None, answer: Sequence[Alternative]
+        self, offer: Mapping[str, Any], problem: str | None, answer: _Answer | None
     ) -> Prediction:
         offer_id = offer.get("offer_id")
+        category = answer.category if answer else None
         return Prediction(
             offer_id=None if offer_id is None else str(offer_id),
-            category_id=answer[0].category_id if answer else None,
-            category_path=answer[0].category_path if answer else None,
-            confidence=answer[0].confidence if answer else None,
+            category_id=category.category_id if category else None,
+            category_path=category.category_path if category else None,
+            confidence=category.confidence if category else None,
+            tier=answer.tier if answer else None,
+            needs_review=answer.needs_review if answer else False,
             model_version=self.model_version,
             taxonomy_version=self.taxonomy_version,
-            alternatives=list(answer[1:]),
+            alternatives=list(answer.alternatives) if answer else [],
             problem=problem,
         )
 

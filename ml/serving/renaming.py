@@ -45,6 +45,7 @@ def rename_student(context: StageContext, parameters: RenamedStudentParameters) 
     renamed = _renamed(before, after)
 
     for name in manifest.files.keys() - {SETTINGS_FILE, TAXONOMY_FILE}:
+        (context.output / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(compiled / name, context.output / name)
     shutil.copyfile(new_folder / TAXONOMY_FILE, context.output / TAXONOMY_FILE)
     settings = ModelSettings.read(compiled)
@@ -54,7 +55,7 @@ def rename_student(context: StageContext, parameters: RenamedStudentParameters) 
         f"{len(renamed):,} categories renamed{_examples(renamed)}; taxonomy {version} instead of "
         f"{settings.taxonomy_version}"
     )
-    size_bytes = sum(path.stat().st_size for path in context.output.iterdir())
+    size_bytes = sum(path.stat().st_size for path in context.output.rglob("*") if path.is_file())
     return {**manifest.metrics, "size_bytes": size_bytes, "renamed": len(renamed)}
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import msgspec
 import pyarrow.parquet as pq
 
-SENT_COLUMNS = ("offer_id", "title", "brand", "shop_category", "description")
+SENT_COLUMNS = ("offer_id", "title", "brand", "shop_category", "description", "country")
 
 JSON_LINES = (
     "application/jsonlines",

@@ -127,8 +127,15 @@ class _Tally:
 
 
 def _unsure(predictions: Sequence[Prediction]) -> int:
-    """Predictions without a category, or of which the model is less than half sure."""
-    return sum((prediction.confidence or 0.0) < LOW_CONFIDENCE for prediction in predictions)
+    """Offers without a category, or of whose likeliest category the model is less than half sure."""
+    return sum(_confidence(prediction) < LOW_CONFIDENCE for prediction in predictions)
+
+
+def _confidence(prediction: Prediction) -> float:
+    """Of the likeliest category, which an answer for review names among the alternatives."""
+    if prediction.needs_review:
+        return prediction.alternatives[0].confidence
+    return prediction.confidence or 0.0
 
 
 def _accepted_lines(headers: Mapping[str, str]) -> str:

@@ -1,4 +1,8 @@
-"""A real, small student (one MiniLM layer, 12 categories) and what it is compiled to; made once per run."""
+"""A real, small student (one MiniLM layer, 12 categories) and what it is compiled to; made once per run.
+
+With so few validation offers nothing can be certified of the fast model: all offers go to the student. Of
+:func:`cascading_student` the fast model answers what it is sure of.
+"""
 
 import fcntl
 import shutil
@@ -14,8 +18,10 @@ import pytest
 
 from ml.artifacts import MANIFEST, read_manifest, short_version, write_manifest
 from ml.learning.encoder import Classifier, ClassifierSettings
+from ml.learning.ensemble import EnsembleWeights, Teacher
 from ml.offers import TEXT_VERSION, offer_text
 from ml.runner import StageSpec, run_stage
+from ml.serving.cascade import OTHER_COUNTRIES, CascadeSettings
 from ml.serving.neuron import SDK_VERSION
 from ml.taxonomy import Taxonomy
 
@@ -44,7 +50,7 @@ TAXONOMY_CSV = "category_id,parent_id,name\nall,,Everything\n" + "".join(
 
 @pytest.fixture(scope="session")
 def compiled_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the artifacts taxonomy, student, evaluation and compiled; do not write to it."""
+    """Folder of the artifacts taxonomy, sample, student, fast, evaluation, compiled; do not write to it."""
     base = tmp_path_factory.getbasetemp()
     # Workers of one parallel run have neighbouring folders; the first makes the models for all.
     root = (base.parent if base.name.startswith("popen-") else base) / "compiled-models"
@@ -105,12 +111,33 @@ def other_compiled_student(compiled_student: Path, tmp_path: Path) -> Path:
     return seal(folder, "compiled_student")
 
 
+@pytest.fixture
+def cascading_student(compiled_student: Path, tmp_path: Path) -> Path:
+    """The same model, whose fast model answers from a confidence on that separates the offers."""
+    return with_cascade(compiled_student, tmp_path / "cascading", fast_from=0.7, review_below=0.5)
+
+
+def with_cascade(compiled: Path, folder: Path, *, fast_from: float | None, review_below: float) -> Path:
+    """A copy of a compiled student with other thresholds."""
+    shutil.copytree(compiled, folder)
+    settings = CascadeSettings.read(folder)
+    threshold = msgspec.structs.replace(settings.thresholds[OTHER_COUNTRIES], confidence=fast_from)
+    msgspec.structs.replace(
+        settings,
+        thresholds={OTHER_COUNTRIES: threshold},
+        review=msgspec.structs.replace(settings.review, confidence=review_below),
+    ).write(folder)
+    return seal(folder, "compiled_student")
+
+
 def compile_spec(root: Path, output: Path, **parameters: object) -> StageSpec:
     """How the student under ``root`` is compiled."""
     return StageSpec(
         stage="compiled_student",
         inputs={
             "student_checkpoint": str(root / "student"),
+            "fast_checkpoint": str(root / "fast"),
+            "training_sample": str(root / "sample"),
             "evaluation_set": str(root / "evaluation"),
             "catalog_taxonomy": str(root / "taxonomy"),
         },
@@ -159,10 +186,56 @@ def _make(root: Path) -> None:
     (root / "evaluation").mkdir()
     labels = [category for category in PRODUCTS for _ in range(5)]
     texts = [offer_text({"title": title}) for title in TITLES]
-    pq.write_table(pa.table({"text": texts, "category_id": labels}), root / "evaluation" / "offers.parquet")
+    offers = {"text": texts, "category_id": labels, "country": ["DE"] * len(texts)}
+    pq.write_table(pa.table(offers), root / "evaluation" / "offers.parquet")
     seal(root / "evaluation", "evaluation_set")
+    _make_sample(root / "sample")
+    _make_fast(root)
     # By its name: which of them is the fastest is up to the machine, and may change from run to run.
     run_stage(compile_spec(root, root / "compiled", backend="onnx-int8-rows"))
+
+
+def _make_sample(folder: Path) -> None:
+    """Ten training and ten validation offers of each category."""
+    rows = [
+        {
+            "offer_id": f"{split} {category} {number}",
+            "text": offer_text({"title": f"{text} {split} {number}"}),
+            "category_id": category,
+            "country": "DE",
+            "split": split,
+        }
+        for split in ("train", "validation")
+        for category, text in PRODUCTS.items()
+        for number in range(10)
+    ]
+    folder.mkdir()
+    labelled = pa.Table.from_pylist(rows)
+    pq.write_table(labelled, folder / "labelled.parquet")
+    pq.write_table(labelled.drop_columns(["category_id", "split"]).slice(0, 0), folder / "unlabelled.parquet")
+    seal(folder, "training_sample")
+
+
+def _make_fast(root: Path) -> None:
+    """The fast model; its teacher is the student."""
+    (root / "teacher").mkdir()
+    Teacher(Classifier.load(root / "student"), None, EnsembleWeights(encoder=1.0)).save(root / "teacher")
+    seal(root / "teacher", "teacher_checkpoint")
+    sample, taxonomy, labels = (str(root / name) for name in ("sample", "taxonomy", "teacher-labels"))
+    teacher = str(root / "teacher")
+    for stage, inputs, parameters, output in (
+        ("teacher_labels", {"training_sample": sample, "teacher_checkpoint": teacher}, {}, labels),
+        (
+            "fast_checkpoint",
+            {"training_sample": sample, "teacher_labels": labels, "catalog_taxonomy": taxonomy},
+            {"max_features": 400},
+            str(root / "fast"),
+        ),
+    ):
+        spec = StageSpec(
+            stage=stage, inputs=inputs, parameters=parameters, output=output, workspace=f"{output}.work"
+        )
+        run_stage(spec)
 
 
 @contextmanager

@@ -81,13 +81,14 @@ def offers_of(number: int, seed: int) -> pd.DataFrame:
                 f"c{place if same else (place + 1) % CATEGORIES}"
                 for place, same in zip(category, agrees, strict=True)
             ],
-            "fast_confidence": random.beta(5, 2, size=number),
+            "tier": np.where(random.random(number) < 0.7, "student", "fast"),
+            "needs_review": confidence < 0.5,
             "taxonomy_known": True,
             "trained": False,
         },
         columns=[
             *CLEAN_SCHEMA.names,
-            *("category_path", "confidence", "fast_category_id", "fast_confidence"),
+            *("category_path", "confidence", "tier", "needs_review", "fast_category_id"),
             *("taxonomy_known", "trained"),
         ],
     )
@@ -160,6 +161,8 @@ class OracleModels:
                 category_id=self.by_id[offer["offer_id"]]["category_id"],
                 category_path=self.by_id[offer["offer_id"]]["category_path"],
                 confidence=self.by_id[offer["offer_id"]]["confidence"],
+                tier=self.by_id[offer["offer_id"]]["tier"],
+                needs_review=self.by_id[offer["offer_id"]]["needs_review"],
                 model_version="m",
                 taxonomy_version="t",
             )
@@ -171,7 +174,7 @@ class OracleModels:
         probabilities = np.zeros((len(texts), len(self.labels)))
         for row, text in enumerate(texts):
             answer = self.by_text[text]
-            probabilities[row, self.labels.index(answer["fast_category_id"])] = answer["fast_confidence"]
+            probabilities[row, self.labels.index(answer["fast_category_id"])] = 0.9
         return probabilities
 
 
@@ -251,7 +254,7 @@ class DriftWorld:
     def _catalogued(self, folder: Path, rows: pd.DataFrame) -> Path:
         folder.mkdir()
         table = pa.Table.from_pandas(
-            rows[["offer_id", "category_id", "category_path", "confidence"]].assign(
+            rows[["offer_id", "category_id", "category_path", "confidence", "tier", "needs_review"]].assign(
                 model_version="m", taxonomy_version="t"
             ),
             PREDICTION_SCHEMA,

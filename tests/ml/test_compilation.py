@@ -1,3 +1,4 @@
+import shutil
 import sys
 import types
 from importlib import metadata
@@ -12,12 +13,13 @@ import pytest
 
 from ml.artifacts import read_manifest, verify
 from ml.errors import InputError
+from ml.evaluation.cascade import cascade_pictures
 from ml.learning.encoder import Classifier
 from ml.runner import run_stage
 from ml.serving.compiled_model import CompiledModel, ModelSettings
 from ml.serving.machine import cpu_features
 from ml.serving.onnx_model import OnnxModel
-from tests.ml.compiled_models import TITLES, compile_spec, seal
+from tests.ml.compiled_models import PRODUCTS, TITLES, compile_spec, seal
 
 
 def test_the_settings_say_which_backend_on_which_cpu_and_why(compiled_student):
@@ -55,6 +57,11 @@ def test_the_compiled_student_agrees_with_the_original_and_is_a_quarter_of_its_s
 
 def test_the_compiled_student_is_a_complete_artifact(compiled_student):
     assert set(verify(compiled_student, kinds=["compiled_student"]).files) == {
+        "cascade.json",
+        "fast/fast_model.json",
+        "fast/labels.json",
+        "fast/vocabulary.json",
+        "fast/weights.safetensors",
         "labels.json",
         "model.json",
         "model.onnx",
@@ -97,10 +104,43 @@ def test_a_taxonomy_the_student_was_not_trained_on_is_refused(compiled_root, tmp
         run_stage(spec)
 
 
+def test_a_fast_model_of_another_taxonomy_is_refused(compiled_root, tmp_path):
+    fast = shutil.copytree(compiled_root / "fast", tmp_path / "fast")
+    settings = msgspec.json.decode((fast / "fast_model.json").read_bytes())
+    (fast / "fast_model.json").write_bytes(msgspec.json.encode(settings | {"taxonomy_version": "other"}))
+    spec = compile_spec(compiled_root, tmp_path / "out")
+    spec.inputs["fast_checkpoint"] = str(seal(fast, "fast_checkpoint"))
+    with pytest.raises(InputError, match="fast was trained on taxonomy other"):
+        run_stage(spec)
+
+
+def test_metrics_say_what_the_cascade_costs_and_what_was_chosen(compiled_student):
+    metrics = read_manifest(compiled_student).metrics
+    assert (metrics["fast_from"], metrics["validation_share_fast"]) == (
+        None,
+        0.0,
+    )  # 120 offers certify nothing
+    assert metrics["validation_offers"] == 10 * len(PRODUCTS)
+    assert metrics["cascade_offers"] == len(TITLES)
+    assert metrics["cascade_loss"] == 0.0
+    assert metrics["cascade_accuracy"] == metrics["cascade_student_accuracy"]
+    assert 0 <= metrics["cascade_ece"] < 0.5
+    pictures = cascade_pictures(metrics)
+    assert set(pictures) == {"reliability", "risk_coverage"}
+    assert all(content.startswith(b"\x89PNG") for content in pictures.values())
+
+
+def test_with_a_looser_stated_loss_the_fast_model_answers(compiled_root, tmp_path):
+    metrics = run_stage(compile_spec(compiled_root, tmp_path / "out", max_loss=0.2)).metrics
+    assert metrics["fast_from"] is not None
+    assert metrics["validation_share_fast"] > 0.5
+    assert metrics["validation_loss"] <= 0.2
+
+
 def test_an_empty_evaluation_set_is_refused(compiled_root, tmp_path):
     empty = tmp_path / "evaluation"
     empty.mkdir()
-    schema = pa.schema({"text": pa.string(), "category_id": pa.string()})
+    schema = pa.schema({"text": pa.string(), "category_id": pa.string(), "country": pa.string()})
     pq.write_table(schema.empty_table(), empty / "offers.parquet")
     seal(empty, "evaluation_set")
     spec = compile_spec(compiled_root, tmp_path / "out")

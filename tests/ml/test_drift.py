@@ -303,15 +303,16 @@ def test_a_top_level_category_that_grows_is_named_with_its_country(answers):
 
 def test_confidence_that_fell_is_found_and_so_is_what_goes_to_review(answers):
     rows = offers_of(OFFERS, 16)
-    judged = answers(rows.assign(confidence=rows["confidence"] * 0.7))
+    lower = rows["confidence"] * 0.7
+    judged = answers(rows.assign(confidence=lower, needs_review=lower < 0.5))
     assert failed(judged) == {SURENESS}
     assert finding(judged, SURENESS, measure="confidence", segment="", group="").effect < -0.5
     assert finding(judged, SURENESS, segment="to review", group="").value > 0.3
 
 
-def test_what_goes_to_the_student_is_found_by_the_fast_models_confidence(answers):
+def test_more_offers_that_go_to_the_student_are_found(answers):
     rows = offers_of(OFFERS, 17)
-    judged = answers(rows.assign(fast_confidence=rows["fast_confidence"] * 0.8))
+    judged = answers(rows.assign(tier=rows["tier"].where(rows.index % 2 == 0, "student")))
     assert failed(judged) == {SURENESS}
     assert {f.segment for f in judged[SURENESS].findings} == {"to the student"}
 

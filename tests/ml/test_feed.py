@@ -228,6 +228,17 @@ def test_batches_are_bounded_in_rows_and_bytes_and_numbered_through(tmp_path, mo
     assert [row for batch in batches for row in batch["source_row"].to_pylist()] == list(range(1, 26))
 
 
+def test_huge_values_in_parquet_make_small_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr("ml.feed.parquet_files.BATCH_BYTES", 10_000)
+    titles = [random.Random(row).randbytes(500).hex() for row in range(40)]
+    table = pa.table({"offer_id": [str(row) for row in range(40)], "shop_id": ["s"] * 40, "title": titles})
+    pq.write_table(table, tmp_path / "o.parquet", row_group_size=25)
+    batches = list(read_batches(str(tmp_path / "o.parquet"), skip=3))
+    assert all(batch.nbytes < 15_000 for batch in batches)
+    assert [title for batch in batches for title in batch["title"].to_pylist()] == titles[3:]
+    assert [row for batch in batches for row in batch["source_row"].to_pylist()] == list(range(4, 41))
+
+
 def truncated(content: bytes) -> bytes:
     return content[: len(content) * 2 // 3]
 

@@ -41,6 +41,12 @@ COMPILED = {
     "weighted_f1_compiled": 0.859,
     "weighted_f1_original": 0.86,
     "offers": 900,
+    "cascade_offers": 900,
+    "cascade_share_fast": 0.6,
+    "cascade_share_review": 0.1,
+    "cascade_loss": 0.002,
+    "cascade_max_loss": 0.01,
+    "cascade_loss_p_value": 1.0,
 }
 
 
@@ -56,12 +62,13 @@ def test_a_good_student_may_be_released():
         "student_is_not_worse_than_production",
         "no_segment_is_worse_than_production",
         "compiled_matches_uncompiled",
+        "cascade_keeps_the_student",
     ]
 
 
 def test_every_proposition_is_the_function_of_its_name():
     for proposition in judge(EVALUATION, COMPILED).propositions:
-        metrics = COMPILED if proposition.name.startswith("compiled") else EVALUATION
+        metrics = EVALUATION if "student_" in proposition.name or "segment" in proposition.name else COMPILED
         assert getattr(gate, proposition.name)(metrics, GateLimits()) == proposition
 
 
@@ -121,6 +128,21 @@ def test_a_compiled_model_that_answers_differently_fails(change):
     assert failed(judge(EVALUATION, COMPILED | change)) == ["compiled_matches_uncompiled"]
 
 
+@pytest.mark.parametrize(
+    ("loss", "p_value", "passes"),
+    [
+        (-0.01, 1.0, True),
+        (0.01, 0.01, True),
+        (0.03, 0.2, True),
+        (0.03, 0.049, False),
+        (float("nan"), 0.0, False),
+    ],
+)
+def test_a_cascade_fails_that_loses_more_than_stated_and_not_by_chance(loss, p_value, passes):
+    change = {"cascade_loss": loss, "cascade_loss_p_value": p_value}
+    assert failed(judge(EVALUATION, COMPILED | change)) == ([] if passes else ["cascade_keeps_the_student"])
+
+
 def test_limits_are_taken_from_where_they_are_set():
     assert failed(judge(EVALUATION, COMPILED, GateLimits(min_share_of_teacher=0.97))) == [
         "student_is_close_to_teacher"
@@ -135,7 +157,7 @@ def test_not_a_number_never_passes():
     segment = {**EVALUATION["comparisons"][1], "difference": nan, "low": nan, "high": nan}
     spoilt = judge(
         dict.fromkeys(EVALUATION, nan) | {"comparisons": [segment]},
-        COMPILED | {"same_category": nan, "weighted_f1_compiled": nan},
+        COMPILED | {"same_category": nan, "weighted_f1_compiled": nan, "cascade_loss": nan},
     )
     assert not any(proposition.passed for proposition in spoilt.propositions)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import html
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +81,15 @@ class World:
         ).write(self.taxonomy)
 
     def catalogue(
-        self, number: int, predicted: Mapping[str, str | None], *, taxonomy: str = V2, model: str = "m1"
+        self,
+        number: int,
+        predicted: Mapping[str, str | None],
+        *,
+        taxonomy: str = V2,
+        model: str = "m1",
+        marked: Sequence[str] = (),
     ) -> None:
-        """A day of offers, with the category that each was given."""
+        """A day of offers, with the category that each was given; some are marked for review."""
         folder = self.folder / iso(number)
         folder.mkdir()
         rows = [
@@ -91,6 +97,7 @@ class World:
                 "offer_id": offer,
                 "category_id": category,
                 "confidence": 0.9 if category else None,
+                "needs_review": offer in marked,
                 "model_version": model,
                 "taxonomy_version": short_version(taxonomy),
             }
@@ -222,6 +229,15 @@ def test_decisions_that_are_about_no_catalogued_offer_are_counted_and_said(world
     assert report.unmatched == {"before": 1, "too_early": 1, "unknown": 1}
     assert "corrections compared with nothing: 1 of offers that no catalogued day has" in report.sentence
     assert world.metrics["unmatched"] == 3
+
+
+def test_an_answer_for_review_is_right_if_the_decision_lies_below_it(world):
+    world.catalogue(0, {"m": "a", "n": "a", "o": "a", "p": "a0"}, marked=["m", "n", "p"])
+    for offer, category in (("m", "a1"), ("n", "b1"), ("o", "a1"), ("p", "a0")):
+        world.decide(1, offer, category)
+    world.run()
+    found = {row["offer_id"]: (row["right"], row["right_in_force"]) for row in world.compared()}
+    assert found == {"m": (True, True), "n": (False, False), "o": (False, False), "p": (True, True)}
 
 
 def test_an_old_model_is_judged_in_its_own_taxonomy_first(world):

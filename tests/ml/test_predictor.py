@@ -14,6 +14,7 @@ from ml.artifacts import read_manifest, short_version
 from ml.errors import InputError
 from ml.learning.encoder import Classifier
 from ml.offers import offer_text
+from ml.serving import pool as pool_module
 from ml.serving.pool import PredictorPool, WorkerError
 from ml.serving.predictor import PREDICTION_SCHEMA, Predictor, prediction_table
 from tests.ml.compiled_models import PRODUCTS, TITLES, seal
@@ -51,7 +52,7 @@ def test_alternatives_are_the_next_most_likely_categories(predictor):
 def test_probabilities_are_the_calibrated_ones_of_the_original(predictor, compiled_root):
     texts = [offer_text(offer) for offer in OFFERS]
     expected = Classifier.load(compiled_root / "student").predict_probabilities(texts)
-    found = predictor.predict_probabilities(texts)
+    found = predictor.student.predict_probabilities(texts)
     assert found.dtype == np.float32
     assert found.sum(axis=1) == pytest.approx(np.ones(len(texts)), abs=1e-5)
     assert np.abs(found - expected).mean() < 0.01
@@ -89,13 +90,13 @@ def test_a_fresh_process_and_more_threads_give_the_same_bits(compiled_student):
 def test_equal_texts_are_computed_once_within_a_call_and_across_calls(compiled_student, monkeypatch):
     predictor = Predictor.load(compiled_student)
     computed = []
-    original = predictor._model.predict_probabilities
+    original = predictor.student.predict_probabilities
 
     def counting(texts):
         computed.extend(texts)
         return original(texts)
 
-    monkeypatch.setattr(predictor._model, "predict_probabilities", counting)
+    monkeypatch.setattr(predictor.student, "predict_probabilities", counting)
     first = predictor.predict([*OFFERS[:3], *OFFERS[:3]])
     again = predictor.predict(OFFERS[:4])
     assert first[:3] == first[3:] == again[:3]
@@ -206,13 +207,34 @@ def test_a_pool_reads_only_as_far_ahead_as_it_works(compiled_student):
         assert read <= 12
 
 
-def test_a_killed_worker_is_a_clear_error(compiled_student):
-    with PredictorPool(compiled_student, workers=1) as pool:
-        answers = pool.predict(iter([OFFERS[:5]] * 1000))
-        next(answers)
-        os.kill(pool.process_ids[0], signal.SIGKILL)
-        with pytest.raises(WorkerError, match="killed by signal 9"):
-            list(answers)
+def test_another_takes_the_place_of_a_killed_worker(compiled_student, predictor):
+    with PredictorPool(compiled_student, workers=2) as pool:
+        answers = pool.predict(iter([OFFERS[:5]] * 200))
+        first = next(answers)
+        before = pool.process_ids
+        os.kill(before[0], signal.SIGKILL)
+        rest = list(answers)
+        assert len(set(before) & set(pool.process_ids)) == 1
+    assert [first, *rest] == [predictor.predict(OFFERS[:5])] * 200
+
+
+def test_offers_that_kill_every_worker_are_a_clear_error(compiled_student, monkeypatch):
+    starts = []
+
+    class Mortal(pool_module._Worker):
+        def wait_until_ready(self):
+            starts.append(super().wait_until_ready())
+            os.kill(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            return starts[-1]
+
+    monkeypatch.setattr(pool_module, "_Worker", Mortal)
+    with (
+        PredictorPool(compiled_student, workers=1) as pool,
+        pytest.raises(WorkerError, match="killed by signal 9"),
+    ):
+        list(pool.predict(iter([OFFERS[:5]] * 1000)))
+    assert 2 <= len(starts) <= 2 * 2  # the batch behind was under way, too
 
 
 def test_a_pool_over_nothing_says_so_once(tmp_path):

@@ -18,6 +18,7 @@ from ml.learning.encoder import Classifier
 from ml.learning.labelling import TeacherLabels
 from ml.learning.student import DistillationLoss, DistillationSet
 from ml.learning.training_data import LabelledTexts
+from ml.stages import StudentParameters
 from tests.ml.tiny_models import distillation_inputs, make, seal, tiny_encoder, tiny_inputs
 
 TINY_STUDENT: dict[str, Any] = {
@@ -28,6 +29,10 @@ TINY_STUDENT: dict[str, Any] = {
     "head_learning_rate": 1e-2,
     "max_tokens": 12,
 }
+
+
+def loss_of(data: DistillationSet, **changes: float) -> DistillationLoss:
+    return DistillationLoss(data, StudentParameters(**changes), CPU)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +132,7 @@ def random_logits(seed: int) -> torch.Tensor:
 
 def test_the_divergence_is_over_top_outcomes_and_the_rest_as_one() -> None:
     teacher, student = random_logits(0), random_logits(1)
-    loss = DistillationLoss(distillation_set(teacher, 2, [-1, -1]), 1.0, 0.3, CPU)
+    loss = loss_of(distillation_set(teacher, 2, [-1, -1]), temperature=1.0, label_weight=0.3)
     expected = []
     for p, q in zip(teacher.softmax(dim=1), student.softmax(dim=1), strict=True):
         top = p.topk(2).indices
@@ -141,7 +146,7 @@ def test_the_divergence_is_over_top_outcomes_and_the_rest_as_one() -> None:
 @pytest.mark.parametrize("top_k", [2, 6])
 def test_the_divergence_is_zero_for_a_student_equal_to_the_teacher(top_k: int, temperature: float) -> None:
     teacher = random_logits(0)
-    loss = DistillationLoss(distillation_set(teacher, top_k, [-1, -1]), temperature, 0.3, CPU)
+    loss = loss_of(distillation_set(teacher, top_k, [-1, -1]), temperature=temperature, label_weight=0.3)
     student = (teacher + 5.0).requires_grad_()
     value = loss(student, ROWS)
     value.backward()
@@ -151,26 +156,26 @@ def test_the_divergence_is_zero_for_a_student_equal_to_the_teacher(top_k: int, t
 
 def test_keeping_all_classes_is_the_plain_tempered_divergence() -> None:
     teacher, student = random_logits(0), random_logits(1)
-    loss = DistillationLoss(distillation_set(teacher, 6, [-1, -1]), 2.0, 0.3, CPU)
+    loss = loss_of(distillation_set(teacher, 6, [-1, -1]), temperature=2.0, label_weight=0.3)
     p, q = (teacher / 2).softmax(dim=1), (student / 2).softmax(dim=1)
     torch.testing.assert_close(loss(student, ROWS), 4 * (p * (p / q).log()).sum(dim=1).mean())
 
 
 def test_labels_weigh_in_on_labelled_offers_only() -> None:
     teacher, student = random_logits(0), random_logits(1)
-    without = DistillationLoss(distillation_set(teacher, 2, [-1, -1]), 1.0, 0.4, CPU)(student, ROWS)
-    with_one = DistillationLoss(distillation_set(teacher, 2, [-1, 3]), 1.0, 0.4, CPU)(student, ROWS)
+    without = loss_of(distillation_set(teacher, 2, [-1, -1]), label_weight=0.4)(student, ROWS)
+    with_one = loss_of(distillation_set(teacher, 2, [-1, 3]), label_weight=0.4)(student, ROWS)
     cross_entropy = -student.log_softmax(dim=1)[1, 3]
     torch.testing.assert_close(with_one - without, 0.4 * cross_entropy / 2)
     guess = distillation_set(teacher, 2, [-1, 3], weights=(1.0, 0.5))
-    with_guess = DistillationLoss(guess, 1.0, 0.4, CPU)(student, ROWS)
+    with_guess = loss_of(guess, temperature=1.0, label_weight=0.4)(student, ROWS)
     torch.testing.assert_close(with_guess - without, 0.4 * 0.5 * cross_entropy / 2)
 
 
 def test_labels_of_people_weigh_one_and_then_nothing_differs_to_the_last_bit() -> None:
     teacher, student = random_logits(0), random_logits(1).requires_grad_()
-    found = DistillationLoss(distillation_set(teacher, 2, [2, 3]), 1.0, 0.4, CPU)(student, ROWS)
-    divergence = DistillationLoss(distillation_set(teacher, 2, [2, 3]), 1.0, 0.0, CPU)(student, ROWS)
+    found = loss_of(distillation_set(teacher, 2, [2, 3]), label_weight=0.4)(student, ROWS)
+    divergence = loss_of(distillation_set(teacher, 2, [2, 3]), label_weight=0.0)(student, ROWS)
     plain = functional.cross_entropy(student, torch.tensor([2, 3]), ignore_index=-1, reduction="sum") / 2
     expected = divergence + 0.4 * plain
     assert torch.equal(found, expected)
@@ -192,3 +197,20 @@ def test_the_student_learns_less_from_guesses(inputs: dict[str, Path], tmp_path:
         for name, chosen in (("people", {}), ("weak", {"training_sample": sample}))
     ]
     assert losses[1] < losses[0]
+
+
+def test_without_distillation_the_student_learns_from_labels_alone(
+    inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    parameters = TINY_STUDENT | {"distillation_weight": 0.0, "label_weight": 1.0}
+    _, reference = make("student_checkpoint", inputs, parameters, tmp_path / "alone")
+    assert (reference.metrics["labelled_rows"], reference.metrics["unlabelled_rows"]) == (48, 0)
+    assert reference.metrics["validation_accuracy"] >= 0.9
+
+
+def test_without_distillation_the_loss_is_that_of_the_labels() -> None:
+    student = torch.randn(2, 6, generator=torch.Generator().manual_seed(3))
+    teacher = torch.randn(2, 6, generator=torch.Generator().manual_seed(4))
+    loss = loss_of(distillation_set(teacher, 2, [1, 3]), distillation_weight=0.0, label_weight=1.0)
+    expected = functional.cross_entropy(student, torch.tensor([1, 3]))
+    assert loss(student, ROWS).item() == pytest.approx(expected.item())

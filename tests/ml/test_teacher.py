@@ -19,7 +19,8 @@ from torch.nn import functional
 from ml.artifacts import read_manifest, short_version, verify
 from ml.errors import InputError
 from ml.learning.encoder import Classifier
-from ml.learning.teacher import HierarchicalLoss, ancestor_groups
+from ml.learning.ensemble import Teacher
+from ml.learning.hierarchical_loss import HierarchicalLoss, ancestor_groups
 from ml.learning.training_data import read_labelled
 from ml.taxonomy import Category, Taxonomy
 from tests.ml.tiny_models import (
@@ -46,6 +47,7 @@ def test_the_teacher_learns_and_writes_a_whole_classifier_folder(tmp_path: Path)
     assert metrics["validation_accuracy"] >= 0.9
     assert metrics["rows"] == 48
     assert metrics["categories"] == 4
+    assert metrics["linear_weight"] > 0
     assert metrics["validation_rows"] == 16
     assert metrics["size_bytes"] == sum(entry.bytes for entry in verify(folder).files.values())
 
@@ -55,14 +57,19 @@ def test_the_teacher_learns_and_writes_a_whole_classifier_folder(tmp_path: Path)
     assert teacher.settings.instruction == "best "
     assert teacher.taxonomy_version == short_version(read_manifest(inputs["catalog_taxonomy"]).digest)
     held_out = offer_rows(16, 2, "v")
-    chosen = teacher.predict_probabilities([row["text"] for row in held_out]).argmax(axis=1)
+    held_out_texts = [row["text"] for row in held_out]
     truth = [LABELS.index(row["category_id"]) for row in held_out]
+    alone = teacher.predict_probabilities(held_out_texts).argmax(axis=1)
+    assert np.mean(alone == truth) == metrics["encoder_validation_accuracy"]
+    together = Teacher.load(folder)
+    assert together.labels == LABELS
+    chosen = together.predict_probabilities(held_out_texts).argmax(axis=1)
     assert np.mean(chosen == truth) == metrics["validation_accuracy"]
     assert Taxonomy.load(folder).ids == tiny_taxonomy().ids
 
     curve = json.loads((folder / "learning_curve.json").read_text())
-    assert curve[-1]["step"] == metrics["steps"] == 18
-    assert curve[-1]["validation_accuracy"] >= 0.9
+    assert curve[-1]["step"] == metrics["steps"] == 21
+    assert curve[-1]["validation_accuracy"] >= 0.8
 
 
 def test_kill_9_in_the_middle_of_training_costs_nothing_but_time(tmp_path: Path) -> None:
@@ -238,3 +245,74 @@ def test_labels_of_different_depth_have_a_finite_loss_and_gradient() -> None:
     value.backward()
     assert torch.isfinite(value)
     assert torch.isfinite(logits.grad).all()
+
+
+def test_without_an_ensemble_the_encoder_is_the_teacher(tmp_path: Path) -> None:
+    inputs = tiny_inputs(tmp_path)
+    parameters = TINY_TEACHER | {
+        "encoder": str(tiny_encoder(tmp_path / "encoder")),
+        "ensemble": False,
+        "category_names": False,
+        "logit_adjustment": 0.0,
+    }
+    folder, reference = make("teacher_checkpoint", inputs, parameters, tmp_path / "alone")
+    metrics = reference.metrics
+    assert not (folder / "linear").exists()
+    assert metrics["linear_weight"] == 0
+    assert metrics["validation_accuracy"] == metrics["encoder_validation_accuracy"]
+    texts = [row["text"] for row in offer_rows(8, 4, "x")]
+    probabilities = Classifier.load(folder).predict_probabilities(texts)
+    np.testing.assert_allclose(Teacher.load(folder).predict_probabilities(texts), probabilities, atol=2e-3)
+
+
+def test_adapters_are_part_of_the_weights_in_the_end(tmp_path: Path) -> None:
+    inputs = tiny_inputs(tmp_path)
+    parameters = TINY_TEACHER | {"encoder": str(tiny_encoder(tmp_path / "encoder")), "ensemble": False}
+    whole, _ = make("teacher_checkpoint", inputs, parameters, tmp_path / "whole")
+    folder, reference = make("teacher_checkpoint", inputs, parameters | {"lora_rank": 4}, tmp_path / "lora")
+    names = set(Classifier.load(folder).state_dict())
+    assert names == set(Classifier.load(whole).state_dict())
+    assert reference.metrics["validation_accuracy"] > 0.4
+    again, _ = make("teacher_checkpoint", inputs, parameters | {"lora_rank": 4}, tmp_path / "again")
+    assert verify(again).digest == verify(folder).digest
+
+
+def test_confident_guesses_are_learned_from(tmp_path: Path) -> None:
+    inputs = tiny_inputs(tmp_path, unlabelled=200)
+    parameters = TINY_TEACHER | {
+        "encoder": str(tiny_encoder(tmp_path / "encoder")),
+        "ensemble": False,
+        "pretraining_epochs": 1,
+        "pseudo_label_epochs": 1,
+        "pseudo_label_confidence": 0.5,
+    }
+    folder, reference = make("teacher_checkpoint", inputs, parameters, tmp_path / "teacher")
+    assert 50 < reference.metrics["pseudo_labelled_rows"] <= 200
+    assert reference.metrics["rows"] == 48
+    assert reference.metrics["validation_accuracy"] >= 0.8
+    none, reference = make(
+        "teacher_checkpoint", inputs, parameters | {"pseudo_label_epochs": 0}, tmp_path / "none"
+    )
+    assert reference.metrics["pseudo_labelled_rows"] == 0
+    assert verify(none).digest != verify(folder).digest
+
+
+def test_a_category_without_an_offer_is_found_by_its_name(tmp_path: Path) -> None:
+    """No offer of an atlas is labelled; the name alone says what one is."""
+    inputs = tiny_inputs(tmp_path, train=96)
+    labelled = pq.read_table(inputs["training_sample"] / "labelled.parquet").to_pylist()
+    write_labelled(inputs["training_sample"], [row for row in labelled if row["category_id"] != "atlases"])
+    seal(inputs["training_sample"], "training_sample")
+    parameters = TINY_TEACHER | {"encoder": str(tiny_encoder(tmp_path / "encoder")), "epochs": 6}
+    parameters |= {"ensemble": False}
+    known, _ = make("teacher_checkpoint", inputs, parameters, tmp_path / "known")
+    assert "atlases" not in Teacher.load(known).labels
+    folder, reference = make(
+        "teacher_checkpoint", inputs, parameters | {"cold_categories": True}, tmp_path / "cold"
+    )
+    assert reference.metrics["cold_categories"] == 1
+    teacher = Teacher.load(folder)
+    assert teacher.labels == LABELS
+    probabilities = teacher.predict_probabilities(["books atlases", "kettle boil red"])
+    assert probabilities[0].argmax() == LABELS.index("atlases")
+    assert probabilities[1].argmax() == LABELS.index("kettles")

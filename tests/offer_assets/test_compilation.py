@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from ml.artifacts import ArtifactRef
-from offer_assets.compilation import compiled_matches_uncompiled
+from offer_assets.compilation import cascade_keeps_the_student, compiled_matches_uncompiled
 from offer_assets.partitions import COMPILE_TARGETS, CPU, NEURON
 from resources.artifact_store import FolderArtifactStore
 from resources.device_reports import DeviceReports
@@ -18,6 +18,14 @@ from tests.device_reports import device_report
 
 MODEL = "a" * 64
 COMPILED = {"offers": 100, "same_category": 1.0, "weighted_f1_compiled": 0.9, "weighted_f1_original": 0.9}
+CASCADE = {
+    "cascade_offers": 100,
+    "cascade_share_fast": 0.5,
+    "cascade_share_review": 0.1,
+    "cascade_loss": 0.0,
+    "cascade_max_loss": 0.01,
+    "cascade_loss_p_value": 1.0,
+}
 REFERENCE = {"device_parity": "not measured", "reference_same_category": 1.0}
 
 
@@ -28,13 +36,15 @@ class Plant:
         self.reports = folder / "device-reports"
         self._store = FolderArtifactStore(root=str(folder / "artifacts"), feed="feed")
 
-    def check(self, target: str, **metrics: object) -> dg.AssetCheckEvaluation:
+    def check(
+        self, target: str, check: dg.AssetChecksDefinition = compiled_matches_uncompiled, **metrics: object
+    ) -> dg.AssetCheckEvaluation:
         @dg.asset(partitions_def=COMPILE_TARGETS)
         def compiled_student() -> ArtifactRef:
             return ArtifactRef(kind="compiled_student", key="0" * 32, digest=MODEL, uri="", metrics=metrics)
 
         result = dg.materialize(
-            [compiled_student, compiled_matches_uncompiled],
+            [compiled_student, check],
             partition_key=target,
             resources={
                 "io_manager": ArtifactRefIOManager(store=self._store),
@@ -57,6 +67,16 @@ def plant(tmp_path: Path) -> Plant:
 def test_what_was_compared_here_is_enough_for_cpu(plant: Plant) -> None:
     assert plant.check(CPU, **COMPILED).passed
     assert not plant.check(CPU, **COMPILED | {"same_category": 0.5}).passed
+
+
+def test_a_cascade_is_judged_where_it_was_measured_and_for_neuron_by_its_reference(plant: Plant) -> None:
+    lossy = CASCADE | {"cascade_loss": 0.05, "cascade_loss_p_value": 0.01}
+    assert plant.check(CPU, cascade_keeps_the_student, **CASCADE).passed
+    assert not plant.check(CPU, cascade_keeps_the_student, **lossy).passed
+    reference = {f"reference_{name}": value for name, value in lossy.items()}
+    failed = plant.check(NEURON, cascade_keeps_the_student, **reference)
+    assert not failed.passed
+    assert "accuracy differs by -0.0500" in failed.description
 
 
 def test_without_a_device_report_nothing_is_believed_of_neuron(plant: Plant) -> None:

@@ -22,6 +22,7 @@ HEAVY = (
     "onnxruntime",
     "sklearn",
     "matplotlib",
+    "optuna",
 )
 
 UPSTREAM = {
@@ -39,6 +40,8 @@ UPSTREAM = {
     "teacher_labels": {"teacher_checkpoint", "training_sample"},
     "fast_checkpoint": {"training_sample", "teacher_labels", "taxonomy_change"},
     "student_checkpoint": {"training_sample", "teacher_labels", "teacher_checkpoint", "taxonomy_change"},
+    "encoder_comparison": {"training_sample"},
+    "hyperparameter_search": {"training_sample", "teacher_labels"},
     "student_evaluation": {
         "evaluation_set",
         "taxonomy_change",
@@ -47,7 +50,14 @@ UPSTREAM = {
         "fast_checkpoint",
         "training_sample",
     },
-    "compiled_student": {"student_checkpoint", "evaluation_set", "taxonomy_change"},
+    "compiled_student": {
+        "student_checkpoint",
+        "fast_checkpoint",
+        "training_sample",
+        "evaluation_set",
+        "taxonomy_change",
+    },
+    "mistakes_explained": {"student_evaluation", "evaluation_set", "student_checkpoint", "training_sample"},
     "serving_benchmark": {"compiled_student"},
     "model_version": {"student_evaluation", "compiled_student", "taxonomy_change"},
     "offer_endpoint": {"model_version"},
@@ -71,7 +81,7 @@ CHECKS = {
         "student_is_not_worse_than_production",
         "no_segment_is_worse_than_production",
     },
-    "compiled_student": {"compiled_matches_uncompiled"},
+    "compiled_student": {"compiled_matches_uncompiled", "cascade_keeps_the_student"},
     "serving_benchmark": {"an_instance_meets_latency_and_peak_load"},
     "offer_endpoint": {"endpoint_answers", "endpoint_answers_the_same"},
     "catalogued_offers": {"every_clean_offer_is_catalogued"},

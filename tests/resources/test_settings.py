@@ -10,7 +10,7 @@ import pytest
 from dotenv import dotenv_values
 
 from ml.errors import InputError
-from ml.stages import StudentParameters, TeacherParameters, TrainingSampleParameters
+from ml.stages import FastModelParameters, StudentParameters, TeacherParameters, TrainingSampleParameters
 from resources.settings import Settings, SettingsError, monitoring_checks, variables
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,6 +62,21 @@ def test_defaults_of_stages_are_the_defaults_of_settings():
     assert (settings.teacher_epochs, settings.instruction) == (teacher.epochs, teacher.instruction)
     assert (settings.student_encoder, settings.student_layers) == (student.encoder, student.layers)
     assert settings.student_epochs == student.epochs
+    assert settings.teacher_learning_rate == teacher.learning_rate
+    assert (settings.student_learning_rate, settings.student_label_weight) == (
+        student.learning_rate,
+        student.label_weight,
+    )
+    assert settings.fast_regularisation == FastModelParameters().regularisation
+
+
+def test_encoders_to_compare_may_say_how_many_layers_are_kept(folder, monkeypatch):
+    (folder / "mine").mkdir()
+    (folder / "mine" / "config.json").touch()
+    monkeypatch.setenv("OFFER_ASSETS_ENCODERS_COMPARED", "./mine:2, packaged-minilm,owner/name@v1:6,./mine:2")
+    assert Settings.from_environment().encoders_compared == (
+        f"{folder}/mine:2,packaged-minilm,owner/name@v1:6"
+    )
 
 
 def test_local_paths_become_absolute_and_remote_ones_stay(folder, monkeypatch):
@@ -115,6 +130,9 @@ def test_an_empty_value_means_the_default(monkeypatch):
             "./nowhere",
             "points nowhere: {folder}/nowhere is not a folder with an encoder",
         ),
+        ("OFFER_ASSETS_ENCODERS_COMPARED", "packaged-minilm,:3", "':3' is no encoder to compare"),
+        ("OFFER_ASSETS_ENCODERS_COMPARED", "./nowhere:3", "points nowhere: {folder}/nowhere is not a folder"),
+        ("OFFER_ASSETS_FAST_REGULARISATION", "0", "must be greater than 0"),
         ("OFFER_ASSETS_MODEL_NAME", "a b", "must have neither spaces nor / or :"),
         ("MLFLOW_TRACKING_URI", "server", "must be a URI such as https://mlflow.example.com"),
         ("MLFLOW_TRACKING_URI", "arn:aws:s3:::bucket", "must be the ARN of MLflow in SageMaker, such as"),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ml.artifacts import Manifest
 from ml.errors import InputError
-from resources.tracking import MlflowTracking, RegisteredVersion
+from resources.tracking import MlflowTracking, Part, RegisteredVersion
 from tests.registry import registry_in
 from tests.tracking_contract import (
     TrackingContract,
@@ -96,6 +96,51 @@ def test_the_same_artifact_is_recorded_once(tracking):
     other = msgspec.structs.replace(MANIFEST, key="9" * 32)
     assert tracking.record(other, ref(key="9" * 32)) != first
     assert len(runs(tracking)) == 2
+
+
+def parts() -> list[Part]:
+    curve = [{"step": 50, "weighted_f1": 0.7}, {"step": 100, "weighted_f1": 0.8}]
+    return [
+        Part(name="trial 1", parameters={"epochs": 2}, metrics={"f1": 0.8}, learning_curve=curve, seconds=3),
+        Part(name="o'brien/encoder:3", parameters={}, metrics={"f1": None}, failed=True, note="no encoder"),
+    ]
+
+
+def test_parts_are_runs_below_the_artifacts_own(tracking):
+    from mlflow import MlflowClient
+
+    parent = tracking.record(MANIFEST, ref(), parts=parts())
+    assert tracking.record(MANIFEST, ref(), parts=parts()) == parent
+    found = {run.info.run_name: run for run in runs(tracking)}
+    assert len(found) == len(runs(tracking)) == 3
+    trial, refused = found["trial 1"], found["o'brien/encoder:3"]
+    assert trial.data.tags["mlflow.parentRunId"] == refused.data.tags["mlflow.parentRunId"] == parent
+    assert (trial.info.status, refused.info.status) == ("FINISHED", "FAILED")
+    assert refused.data.tags["note"] == "no encoder"
+    assert (trial.data.params, trial.data.metrics["f1"]) == ({"epochs": "2"}, 0.8)
+    assert refused.data.metrics == {"seconds": 0.0}
+    client = MlflowClient(tracking_uri=tracking.tracking_uri)
+    history = client.get_metric_history(trial.info.run_id, "curve/weighted_f1")
+    assert [(point.step, point.value) for point in history] == [(50, 0.7), (100, 0.8)]
+
+
+def test_parts_that_were_interrupted_are_completed_without_doubling(tracking, monkeypatch):
+    from mlflow import MlflowClient
+
+    terminate, calls = MlflowClient.set_terminated, []
+
+    def killed_at_the_second(self: MlflowClient, *given: object, **named: object) -> None:
+        calls.append(given)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        terminate(self, *given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "set_terminated", killed_at_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            tracking.record(MANIFEST, ref(), parts=parts())
+    tracking.record(MANIFEST, ref(), parts=parts())
+    assert sorted(run.info.status for run in runs(tracking)) == ["FAILED", "FINISHED", "FINISHED"]
 
 
 def test_a_record_that_was_interrupted_is_completed_without_doubling(tracking, monkeypatch):

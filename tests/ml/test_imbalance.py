@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ml.learning.imbalance import STRENGTHS, choose_strength, log_shares
+
+
+def test_shares_count_one_row_more_of_each_class() -> None:
+    shares = np.exp(log_shares(np.array([0, 0, 0, 1]), 3))
+    assert np.allclose(shares, np.array([4, 2, 1]) / 7)
+
+
+def test_a_model_that_leans_to_the_frequent_class_is_righted() -> None:
+    """Logits that are the truth's, plus the classes' shares: undoing those is best."""
+    rng = np.random.default_rng(3)
+    targets = rng.choice(3, size=2_000, p=[0.9, 0.08, 0.02])
+    shares = log_shares(targets, 3)
+    logits = np.eye(3)[targets] * 2.0 + rng.normal(size=(2_000, 3)) * 0.1 + shares
+    strength = choose_strength(logits, targets, shares)
+    right = (logits - strength * shares).argmax(axis=1) == targets
+    assert strength > 0
+    assert right.mean() > (logits.argmax(axis=1) == targets).mean()
+    assert right[targets == 2].mean() > 0.9
+
+
+def test_where_rare_classes_gain_nothing_all_stays() -> None:
+    targets = np.array([0] * 50 + [1] * 5)
+    logits = np.eye(2)[targets] * 10.0
+    assert choose_strength(logits, targets, log_shares(targets, 2)) == 0.0
+
+
+def test_without_validation_offers_nothing_is_chosen() -> None:
+    assert choose_strength(np.empty((0, 2)), np.empty(0, dtype=np.int64), log_shares(np.array([0]), 2)) == 0.0
+
+
+@given(st.integers(0, 2**16), st.integers(2, 6))
+def test_the_choice_is_one_of_the_candidates_and_costs_next_to_no_accuracy(seed: int, classes: int) -> None:
+    rng = np.random.default_rng(seed)
+    targets = rng.integers(classes, size=80)
+    logits = rng.normal(size=(80, classes)) + np.eye(classes)[targets]
+    assert choose_strength(logits, targets, log_shares(targets, classes)) in STRENGTHS
