@@ -296,8 +296,11 @@ class FastModelParameters(Parameters, frozen=True, kw_only=True):
     regularisation: Annotated[float, Meta(gt=0, description="C of the linear support vector machines.")] = 2.0
     pseudo_label_confidence: Annotated[
         Share,
-        Meta(description="Unlabelled offers of which the teacher is this sure are trained on too; 1: none."),
-    ] = 0.9
+        Meta(
+            description="Unlabelled offers of which the teacher is this sure are trained on too, as what it "
+            "finds likely; 1: none."
+        ),
+    ] = 0.5
     label_weight: Annotated[
         Share, Meta(description="Weight of labels on labelled offers; the teacher's word gets the rest.")
     ] = 1.0
@@ -310,8 +313,12 @@ class FastModelParameters(Parameters, frozen=True, kw_only=True):
     ] = 0.02
     rank: Annotated[
         int,
-        Meta(ge=0, description="Margins are combinations of so many directions; 0: of one per category."),
-    ] = 0
+        Meta(
+            ge=0,
+            description="Where there are more categories, margins are combinations of so many directions; "
+            "0: as many as categories.",
+        ),
+    ] = 512
     seed: Seed = 17
 
 
