@@ -22,6 +22,10 @@ from ml.serving.prices import InstancePrice
 OPERATIONAL = {"operational": True}
 """Marks a parameter that says how the work is done, not what comes out: it is not part of the key."""
 
+AUTO = "auto"
+AUTO_WITH_EXTRAS = "auto-with-extras"
+"""Values of parameter ``backend`` that name none."""
+
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 Count = Annotated[int, Meta(ge=1)]
 Seed = Annotated[int, Meta(ge=0, description="Seed of every random choice of this stage.")]
@@ -408,6 +412,13 @@ class CompileParameters(Parameters, frozen=True, kw_only=True):
 
     target: Literal["cpu", "neuron", "torchscript"] = "cpu"
     parity_offers: Annotated[Count, Meta(description="Offers that both models are compared on.")] = 2_000
+    backend: Annotated[
+        str,
+        Meta(
+            description="Of target cpu. 'auto': the fastest in ONNX Runtime that keeps the gate's limits; "
+            "'auto-with-extras': OpenVINO is tried too; or a backend's name, e.g. onnx-int8-rows."
+        ),
+    ] = AUTO
     sdk: Annotated[
         str,
         Meta(description="Version of torch-neuronx that has to compile; empty: whichever is there."),
@@ -733,7 +744,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="compiled_student",
-        version="2",
+        version="3",
         summary="Compile the student for a target, put the fast model before it, compare with the original.",
         entry_point="ml.serving.compilation:compile_student",
         parameters=CompileParameters,
