@@ -418,7 +418,7 @@ def _loaders(
     since = _transitions_since(production, taxonomy_change) if taxonomy_change else {}
     moves = most_likely_moves(since.values())
     # The student alone: the new one is not in a cascade yet, and what a cascade may lose is stated apart.
-    return loaders | {PRODUCTION: lambda: _Moved(Predictor.load(production).student, moves)}, None
+    return loaders | {PRODUCTION: lambda: _Moved(Predictor.load(production), moves)}, None
 
 
 def _transitions_since(production: Path, taxonomy_change: Path) -> dict[str, Transition]:
@@ -431,14 +431,14 @@ def _transitions_since(production: Path, taxonomy_change: Path) -> dict[str, Tra
 
 
 class _Moved:
-    """A model of an earlier taxonomy whose answers are categories of today's."""
+    """The deep answers of an earlier taxonomy's model, as categories of today's."""
 
-    def __init__(self, model: Model, moves: Mapping[str, str]) -> None:
-        self._model = model
-        self.labels: list[str] = [moves.get(label, label) for label in model.labels]
+    def __init__(self, predictor: Predictor, moves: Mapping[str, str]) -> None:
+        self._predictor = predictor
+        self.labels: list[str] = [moves.get(label, label) for label in predictor.labels]
 
     def predict_probabilities(self, texts: Sequence[str]) -> np.ndarray[Any, Any]:
-        return self._model.predict_probabilities(texts)
+        return self._predictor.deep_probabilities(texts)
 
 
 class _AsServed:
