@@ -10,6 +10,7 @@ import pytest
 from ml.errors import InputError
 from ml.learning.calibration import softmax
 from ml.learning.encoder import Classifier
+from ml.learning.ensemble import Teacher
 from ml.learning.labelling import LABELS_SCHEMA, TeacherLabels, check_same_offers, read_teacher_labels
 from tests.ml.tiny_models import TINY_TEACHER, distillation_inputs, make, tiny_encoder, tiny_inputs
 
@@ -51,8 +52,8 @@ def test_top_logits_and_tail_add_up_to_the_teachers_calibrated_probabilities(
     inputs: dict[str, Path], tmp_path: Path
 ) -> None:
     folder, metrics = label(inputs, tmp_path / "labels", top_k=2)
-    teacher = Classifier.load(inputs["teacher_checkpoint"])
-    assert teacher.settings.temperature != 1.0
+    teacher = Teacher.load(inputs["teacher_checkpoint"])
+    assert teacher.encoder.settings.temperature != 1.0
     for source in ("labelled", "unlabelled"):
         expected = teacher.predict_probabilities(sample_texts(inputs, source))
         labels = read_teacher_labels(folder, source)
