@@ -192,7 +192,7 @@ def _do(task: Task) -> Outcome:
     asked = [{name: offer[name] for name in columns} for offer in offers]
     memory_before, started_at = peak_memory_bytes(), time.perf_counter()
     opened = (
-        with_categories(task.model, folder, task.categories)
+        with_categories(task.model, folder, task.categories, asked)
         if task.categories
         else open_model(task.model, folder, task.cores)
     )

@@ -49,6 +49,7 @@ QUICK: Parameters = {
 
 _BATCH_OFFERS = 256
 _TEXTS_AT_ONCE = 2_048
+_TRIED_OFFERS = 64
 _REQUESTS_PER_WORKER = 2
 """Under way at once: one that is computed and one that waits."""
 
@@ -355,13 +356,14 @@ def _batches(offers: Offers) -> list[Offers]:
 
 
 @contextmanager
-def with_categories(name: str, folder: Path, categories: int) -> Iterator[Answerer]:
+def with_categories(name: str, folder: Path, categories: int, offers: Offers) -> Iterator[Answerer]:
     """A model with a synthetic output layer of so many categories, on one core.
 
     Args:
         name: ``compiled`` or ``fast``.
         folder: Of the student in torch, which is compiled with the layer, or of the fast model.
         categories: Number of outputs.
+        offers: Some that it will be asked about: how it computes is chosen on them.
     """
     labels = [str(number) for number in range(categories)]
     if name == "fast":
@@ -374,6 +376,7 @@ def with_categories(name: str, folder: Path, categories: int) -> Iterator[Answer
     import torch
 
     from ml.learning.encoder import Classifier
+    from ml.serving.backends import BACKENDS, compile_for_cpu
     from ml.serving.compilation import _write
     from ml.serving.compiled_model import CPU, CompiledModel
 
@@ -383,7 +386,11 @@ def with_categories(name: str, folder: Path, categories: int) -> Iterator[Answer
     with tempfile.TemporaryDirectory() as temporary:
         compiled = Path(temporary) / "compiled"
         compiled.mkdir()
-        _write(compiled, student, CPU, Path(temporary) / "checkpoints", Progress("synthetic"))
+        texts = [offer_text(offer) for offer in offers[:_TRIED_OFFERS]]
+        sample = pa.table({"text": texts, "category_id": labels[:1] * len(texts)})
+        progress = Progress("synthetic")
+        form = compile_for_cpu(student, sample, compiled, backend=BACKENDS[0].name, progress=progress).form
+        _write(compiled, student, CPU, Path(temporary) / "checkpoints", progress, form)
         yield _OfTexts(CompiledModel.open(compiled))
 
 
