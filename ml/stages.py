@@ -701,7 +701,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="student_evaluation",
-        version="3",
+        version="4",
         summary="Measure teacher, student, fast model and the version in production on the evaluation set.",
         entry_point="ml.evaluation.stage:evaluate_student",
         parameters=EvaluationParameters,

@@ -1,5 +1,8 @@
 """How good the models are, on offers that none of them has seen.
 
+The student is measured as it is served: with the fast model's word beside its own, weighed on validation
+offers as :mod:`ml.learning.cascade` does; ``student_alone`` is the encoder without it.
+
 Teacher, student, fast model and the version in production answer the same offers of the evaluation
 set, each with its own labels; a category that a model does not know is a mistake of that model. The
 version in production may know an older taxonomy only: what it answers counts as the category that most
@@ -39,20 +42,24 @@ from ml.evaluation.metrics import (
     scores_by_segment,
     scores_by_size,
 )
+from ml.learning.cascade import TierOutput, choose_cascade, validation_offers
 from ml.learning.devices import use_available_cores
 from ml.learning.encoder import Classifier
 from ml.learning.ensemble import Teacher
 from ml.offers import TEXT_VERSION
 from ml.runner import StageContext
 from ml.sampling.label_sources import WEAK
+from ml.serving.cascade import OTHER_COUNTRIES, Cascade
 from ml.serving.fast_model import FastModel
 from ml.serving.predictor import Predictor
-from ml.stages import EvaluationParameters
+from ml.stages import CompileParameters, EvaluationParameters
 from ml.taxonomy import TAXONOMY_FILE, Taxonomy
 from ml.taxonomy_change.change import changed_categories, changed_since
 from ml.taxonomy_change.transitions import Transition, Transitions, most_likely_moves
 
 STUDENT, TEACHER, FAST, PRODUCTION = "student", "teacher", "fast", "production"
+ALONE = "student_alone"
+"""The student without the fast model's word, with which it is served."""
 
 _CHUNK_OFFERS = 1024
 """Offers scored at once: bounds the matrix of probabilities, whatever the number of offers."""
@@ -384,10 +391,17 @@ def _loaders(
 ) -> tuple[dict[str, Callable[[], Model]], str | None]:
     """How to load each model, and why production's cannot be compared if so. One is in memory at a time."""
     student, teacher = context.input("student_checkpoint"), context.input("teacher_checkpoint")
+    fast, sample = context.input("fast_checkpoint"), context.optional_input("training_sample")
+    taxonomy = Taxonomy.load(context.input("catalog_taxonomy"))
+
+    def alone() -> Model:
+        return _Batched(Classifier.load(student), parameters.batch_size)
+
     loaders: dict[str, Callable[[], Model]] = {
-        STUDENT: lambda: _Batched(Classifier.load(student), parameters.batch_size),
+        STUDENT: lambda: _AsServed(alone(), FastModel.load(fast), sample, taxonomy) if sample else alone(),
+        **({ALONE: alone} if sample else {}),
         TEACHER: lambda: _Batched(Teacher.load(teacher), parameters.batch_size),
-        FAST: lambda: FastModel.load(context.input("fast_checkpoint")),
+        FAST: lambda: FastModel.load(fast),
     }
     production = context.optional_input("production_model")
     if production is None:
@@ -427,10 +441,37 @@ class _Moved:
         return self._model.predict_probabilities(texts)
 
 
+class _AsServed:
+    """Student and fast model together, as a compiled model answers what the fast model is not sure of."""
+
+    def __init__(self, student: Model, fast: Model, training_sample: Path, taxonomy: Taxonomy) -> None:
+        offers = validation_offers(training_sample)
+        said = [
+            TierOutput(labels=model.labels, probabilities=model.predict_probabilities(offers.texts))
+            for model in (fast, student)
+        ]
+        chosen = CompileParameters()
+        settings = choose_cascade(
+            offers,
+            *said,
+            max_loss=chosen.max_loss,
+            min_precision=chosen.min_precision,
+            country_offers=chosen.country_offers,
+        )
+        self._student, self._fast = student, fast
+        self._cascade = Cascade(settings, fast.labels, student.labels, taxonomy)
+        self.labels = self._cascade.labels
+
+    def predict_probabilities(self, texts: Sequence[str]) -> np.ndarray[Any, Any]:
+        countries = [OTHER_COUNTRIES] * len(texts)
+        fast = self._cascade.fast_probabilities(self._fast.predict_probabilities(texts), countries)
+        return self._cascade.deep_probabilities(fast, self._student.predict_probabilities(texts), countries)
+
+
 class _Batched:
     """A classifier with the batch size of this stage."""
 
-    def __init__(self, classifier: Classifier, batch_size: int) -> None:
+    def __init__(self, classifier: Classifier | Teacher, batch_size: int) -> None:
         self._classifier = classifier
         self._batch_size = batch_size
         self.labels: list[str] = classifier.labels

@@ -122,7 +122,8 @@ def _untrained(
     if parameters.lora_rank:
         torch.manual_seed(parameters.seed)
         add_adapters(model, parameters.lora_rank)
-    return model.to(best_device())
+    model.to(best_device())
+    return model
 
 
 class _Lesson:
@@ -180,7 +181,7 @@ class _Lesson:
         temperature = fit_temperature(model.predict_logits(self._validation.texts), targets)
         probabilities = softmax(model.predict_logits(unlabelled) / temperature)
         guesses, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
-        rows = np.flatnonzero(confidence >= sure)
+        rows = np.flatnonzero(confidence >= sure).tolist()
         self._context.progress.say(f"{len(rows):,} of {len(unlabelled):,} unlabelled offers are clear enough")
         if not len(rows):
             return 0

@@ -189,6 +189,12 @@ class Predictor:
         distinct[~by_fast] = deep
         return distinct[[row_of[key] for key in keys]]
 
+    def deep_probabilities(self, texts: Sequence[str], countries: Sequence[str] = ()) -> Floats:
+        """The deep answer to all, as if the fast model were sure of none; arguments as above."""
+        places = [self.cascade.country(country) for country in countries or [""] * len(texts)]
+        fast = self.cascade.fast_probabilities(self._fast.predict_probabilities(texts), places)
+        return self.cascade.deep_probabilities(fast, self.student.predict_probabilities(texts), places)
+
     def _answers_for(self, keys: Iterable[_Key]) -> dict[_Key, _Answer]:
         """What is said of each of the distinct ``keys``, from memory where they were seen lately."""
         answers: dict[_Key, _Answer] = {}

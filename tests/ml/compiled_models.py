@@ -18,6 +18,7 @@ import pytest
 
 from ml.artifacts import MANIFEST, read_manifest, short_version, write_manifest
 from ml.learning.encoder import Classifier, ClassifierSettings
+from ml.learning.ensemble import EnsembleWeights, Teacher
 from ml.offers import TEXT_VERSION, offer_text
 from ml.runner import StageSpec, run_stage
 from ml.serving.cascade import OTHER_COUNTRIES, CascadeSettings
@@ -215,11 +216,14 @@ def _make_sample(folder: Path) -> None:
 
 
 def _make_fast(root: Path) -> None:
-    """The fast model; the student labels for it, as a teacher would."""
+    """The fast model; its teacher is the student."""
+    (root / "teacher").mkdir()
+    Teacher(Classifier.load(root / "student"), None, EnsembleWeights(encoder=1.0)).save(root / "teacher")
+    seal(root / "teacher", "teacher_checkpoint")
     sample, taxonomy, labels = (str(root / name) for name in ("sample", "taxonomy", "teacher-labels"))
-    student = str(root / "student")
+    teacher = str(root / "teacher")
     for stage, inputs, parameters, output in (
-        ("teacher_labels", {"training_sample": sample, "teacher_checkpoint": student}, {}, labels),
+        ("teacher_labels", {"training_sample": sample, "teacher_checkpoint": teacher}, {}, labels),
         (
             "fast_checkpoint",
             {"training_sample": sample, "teacher_labels": labels, "catalog_taxonomy": taxonomy},

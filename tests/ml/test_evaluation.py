@@ -28,6 +28,7 @@ from ml.evaluation.gate import (
 from ml.evaluation.plots import comparisons
 from ml.evaluation.stage import evaluate_student
 from ml.learning.encoder import Classifier, ClassifierSettings
+from ml.learning.ensemble import EnsembleWeights, Teacher
 from ml.offers import CLEAN_SCHEMA, TEXT_VERSION
 from ml.progress import Progress
 from ml.runner import StageContext
@@ -121,7 +122,7 @@ FAST = ["lamp"] * 60
 
 @pytest.fixture
 def bench(tmp_path, monkeypatch):
-    for name in ("Classifier", "FastModel", "Predictor"):
+    for name in ("Classifier", "Teacher", "FastModel", "Predictor"):
         monkeypatch.setattr(ml.evaluation.stage, name, Scripted)
     monkeypatch.setattr(Scripted, "loaded", [])
     bench = Bench(tmp_path)
@@ -513,8 +514,8 @@ def test_a_stored_classifier_is_loaded_and_asked(tmp_path, monkeypatch):
     )
     settings = ClassifierSettings(text_version=TEXT_VERSION, taxonomy_version="t", max_tokens=8)
     model = Classifier(BertModel(config), torch.nn.Linear(8, 4), tokenizer, LABELS, settings)
-    for name in ("student_checkpoint", "teacher_checkpoint"):
-        model.save(bench.add(name))
+    model.save(bench.add("student_checkpoint"))
+    Teacher(model, None, EnsembleWeights(encoder=1.0)).save(bench.add("teacher_checkpoint"))
     metrics, _, output = bench.run(batch_size=7)
     probabilities = Classifier.load(bench.inputs["student_checkpoint"]).predict_probabilities(
         [row["text"] for row in bench.rows]
