@@ -417,8 +417,7 @@ def _loaders(
     taxonomy_change = context.optional_input("taxonomy_change")
     since = _transitions_since(production, taxonomy_change) if taxonomy_change else {}
     moves = most_likely_moves(since.values())
-    # The student alone: the new one is not in a cascade yet, and what a cascade may lose is stated apart.
-    return loaders | {PRODUCTION: lambda: _Moved(Predictor.load(production).student, moves)}, None
+    return loaders | {PRODUCTION: lambda: _Moved(_Deep(Predictor.load(production)), moves)}, None
 
 
 def _transitions_since(production: Path, taxonomy_change: Path) -> dict[str, Transition]:
@@ -466,6 +465,20 @@ class _AsServed:
         countries = [OTHER_COUNTRIES] * len(texts)
         fast = self._cascade.fast_probabilities(self._fast.predict_probabilities(texts), countries)
         return self._cascade.deep_probabilities(fast, self._student.predict_probabilities(texts), countries)
+
+
+class _Deep:
+    """A compiled model's answer as if its fast model were sure of nothing.
+
+    As the student's own is measured, which is not in a cascade yet; what that may lose is stated apart.
+    """
+
+    def __init__(self, predictor: Predictor) -> None:
+        self._predictor = predictor
+        self.labels: list[str] = predictor.labels
+
+    def predict_probabilities(self, texts: Sequence[str]) -> np.ndarray[Any, Any]:
+        return self._predictor.deep_probabilities(texts)
 
 
 class _Batched:

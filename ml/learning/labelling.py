@@ -58,7 +58,8 @@ class TeacherLabels(msgspec.Struct, frozen=True):
     @property
     def confidence(self) -> NDArray[np.float32]:
         """Probability of the most likely class, (offers,)."""
-        return self.probabilities[:, 0]
+        result: NDArray[np.float32] = self.probabilities.max(axis=1, initial=0.0)  # of no offers, too
+        return result
 
     @property
     def probabilities(self) -> NDArray[np.float32]:

@@ -37,7 +37,7 @@ def test_the_compiled_student_is_a_complete_artifact(compiled_student):
         "cascade.json",
         "fast/fast_model.json",
         "fast/labels.json",
-        "fast/vocabulary.json",
+        "fast/vocabulary.txt",
         "fast/weights.safetensors",
         "labels.json",
         "model.json",

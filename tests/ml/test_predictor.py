@@ -22,9 +22,9 @@ from ml.serving.predictor import PREDICTION_SCHEMA, Predictor, prediction_table
 from tests.ml.compiled_models import PRODUCTS, TITLES, seal, with_cascade
 
 MIXED = [
-    {"offer_id": f"{number} {words}", "title": f"{title} {words}"}
-    for number, title in enumerate(TITLES[::5])
-    for words in ("train", "for the garden and the house", "or a camping tent or a sofa")
+    {"offer_id": f"{number} {further}", "title": f"{title} {further}"}
+    for number, (title, other) in enumerate(itertools.pairwise([*PRODUCTS.values(), "Bosch kettle"]))
+    for further in ("new", f"or {other}", "")
 ]
 """Offers of which the fast model is more and less sure."""
 MIXED_TEXTS = [offer_text(offer) for offer in MIXED]
@@ -123,7 +123,7 @@ def test_the_fast_model_answers_what_it_is_sure_of_and_the_student_is_asked_the_
     )
     predictions = predictor.predict([*MIXED, {"offer_id": "x"}])
     fast = FastModel.load(cascading_student / "fast").predict_probabilities(MIXED_TEXTS)
-    sure = fast.max(axis=1) >= 0.7
+    sure = fast.max(axis=1) >= 0.95
     assert 0 < sure.sum() < len(MIXED)
     assert [p.tier for p in predictions] == [*("fast" if is_sure else "student" for is_sure in sure), None]
     assert asked == [text for text, is_sure in zip(MIXED_TEXTS, sure, strict=True) if not is_sure]
@@ -176,7 +176,7 @@ def test_the_country_decides_where_it_has_a_threshold_of_its_own(compiled_studen
 @pytest.fixture(scope="module")
 def cascading_model(compiled_student, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cascade") / "model"
-    predictor = Predictor.load(with_cascade(compiled_student, folder, fast_from=0.7, review_below=0.5))
+    predictor = Predictor.load(with_cascade(compiled_student, folder, fast_from=0.95, review_below=0.7))
     return predictor, [predictor.predict([offer])[0] for offer in MIXED]
 
 
