@@ -44,6 +44,7 @@ from ml.serving.predictor import PREDICTION_SCHEMA, Predictor, prediction_table
 MEMORY_LIMIT_MB = 1_500
 
 _SECONDS_BETWEEN_SAMPLES = 0.25
+_SAMPLES_KEPT = 60
 _SAMPLED_PLACES = 20
 _OFFERS_PER_PLACE = 256
 _MB = 1 << 20
@@ -117,7 +118,7 @@ def measure(folder: Path, options: argparse.Namespace) -> tuple[dict[str, Any], 
     killed = _run(command, output, kill_at=int(share * offers))
     progress.say(f"killed with {killed.offers:,} of {offers:,} offers in finished parts; going on")
     resumed = _run(command, output, offers_before=killed.offers)
-    verified = _verify(model, feed, output, [killed.offers], chance, progress)
+    verified = verify(model, feed, output, [killed.offers], chance, progress)
     runs = [killed, resumed]
     peak = max(megabytes for run in runs for _, _, megabytes in run.samples)
     figures = {
@@ -136,6 +137,7 @@ def measure(folder: Path, options: argparse.Namespace) -> tuple[dict[str, Any], 
                 "seconds": run.seconds,
                 "peak_mb": max(megabytes for _, _, megabytes in run.samples),
                 "mb_per_million_offers": growth(run),
+                "memory": _thinned(run),
             }
             for run in runs
         ],
@@ -242,7 +244,16 @@ def growth(run: Run) -> float | None:
     return float(np.polyfit(done / 1e6, megabytes, 1)[0])
 
 
-def _verify(
+def _thinned(run: Run) -> list[dict[str, float]]:
+    """Some of the samples, evenly spaced in time."""
+    step = max(1, len(run.samples) // _SAMPLES_KEPT)
+    return [
+        {"seconds": round(seconds, 1), "offers": offers, "mb": round(megabytes, 1)}
+        for seconds, offers, megabytes in run.samples[::step]
+    ]
+
+
+def verify(
     model: Path, feed: Path, output: Path, places: Sequence[int], chance: random.Random, progress: Progress
 ) -> dict[str, Any]:
     """Hold ids against the feed's row by row, and answers at some places against those of a predictor."""

@@ -47,8 +47,8 @@ QUICK: Parameters = {
 }
 """What --quick changes: whether everything runs, not how good it is."""
 
-CASCADE_FILE = "cascade.json"
 _BATCH_OFFERS = 256
+_TEXTS_AT_ONCE = 2_048
 _REQUESTS_PER_WORKER = 2
 """Under way at once: one that is computed and one that waits."""
 
@@ -183,13 +183,15 @@ def _labelled(offers: pa.Table) -> pa.Table:
 class _OfTexts:
     """A model that gives texts probabilities."""
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
+    def __init__(self, model: Any, predict: Callable[[list[str]], Any] | None = None) -> None:
+        self._labels, self._predict = model.labels, predict or model.predict_probabilities
 
     def answer(self, offers: Offers) -> list[str]:
-        texts = [offer_text(offer) for offer in offers]
-        best = self._model.predict_probabilities(texts).argmax(axis=1).tolist()
-        return [self._model.labels[place] for place in best]
+        best: list[str] = []
+        for start in range(0, len(offers), _TEXTS_AT_ONCE):  # bounds the probabilities held at a time
+            texts = [offer_text(offer) for offer in offers[start : start + _TEXTS_AT_ONCE]]
+            best += [self._labels[place] for place in self._predict(texts).argmax(axis=1).tolist()]
+        return best
 
 
 class _OfOffers:
@@ -204,9 +206,7 @@ class _OfOffers:
 
     def answer(self, offers: Offers) -> list[str]:
         return [
-            prediction.alternatives[0].category_id
-            if getattr(prediction, "needs_review", False)
-            else prediction.category_id
+            prediction.alternatives[0].category_id if prediction.needs_review else prediction.category_id
             for prediction in self._predict(offers)
         ]
 
@@ -275,11 +275,21 @@ class _Deep:
         return [self._predictor.labels[place] for place in best]
 
 
+def _served_student(folder: Path, cores: int) -> AbstractContextManager[Answerer]:
+    return in_processes(load_served_student, folder, cores)
+
+
+def load_served_student(folder: Path) -> Answerer:
+    """Both models asked about every offer and weighed, in this process: what the cascade is held against."""
+    from ml.serving.predictor import Predictor
+
+    predictor = Predictor.load(folder)
+    return _OfTexts(predictor, predictor.deep_probabilities)
+
+
 @contextmanager
 def _cascade(folder: Path, cores: int) -> Iterator[Answerer]:
     """What catalogues offers in production: the predictor, or a pool of them."""
-    if not (folder / CASCADE_FILE).exists():
-        raise NotHereError(f"this version of {COMPILED} has no cascade")
     if cores == 1:
         from ml.serving.predictor import Predictor
 
@@ -397,7 +407,8 @@ COMPILED = "compiled_student"
 MODELS = (
     OurModel("teacher", "teacher, torch fp32", "teacher_checkpoint", _teacher),
     OurModel("student", "student, torch fp32", "student_checkpoint", _student),
-    OurModel("compiled", "student, compiled", COMPILED, _compiled_student),
+    OurModel("compiled", "student alone, compiled", COMPILED, _compiled_student),
+    OurModel("served", "student with the fast model's word, compiled", COMPILED, _served_student),
     OurModel("deep", "student as served", COMPILED, _deep),
     OurModel("fast", "fast model", "fast_checkpoint", _fast_model),
     OurModel("cascade", "cascade", COMPILED, _cascade),

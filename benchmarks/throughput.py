@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from benchmarks import one_model, report
@@ -32,6 +34,7 @@ from ml.cores import available_cores
 from ml.demo.feed import DemoFeed
 from ml.errors import InputError
 from ml.progress import Progress
+from ml.taxonomy import Taxonomy
 
 CURVES = ("cores", "offers", "categories")
 CURVE_MODELS = ("compiled", "cascade", "fast")
@@ -39,7 +42,7 @@ OFFERS = (10_000, 100_000, 1_000_000)
 FULL_OFFERS = 10_000_000
 CATEGORIES = (100, 1_000, 10_000)
 
-_TINY_OFFERS = 3_000
+_TINY_OFFERS = 1_500
 _TINY_DAY = datetime.date(2026, 11, 1)
 
 _progress = Progress("throughput")
@@ -225,10 +228,15 @@ def _tiny_models(work: Path) -> dict[str, Any]:
     feed = DemoFeed(offers_per_day=_TINY_OFFERS)
     table = next(feed.chunks(_TINY_DAY))
     truth = {row["offer_id"]: row["category_id"] for row in feed.true_categories(_TINY_DAY).to_pylist()}
-    divided = divide(with_labels(table, truth), "product", 0.3, 17)
     workshop = Workshop(work, QUICK)
+    taxonomy = workshop.taxonomy(feed.write_taxonomy(work / "taxonomy"))
+    labelled = with_labels(table, truth)
+    clean = pc.is_in(labelled["category_id"], pa.array(Taxonomy.load(taxonomy).ids))
+    for needed in ("offer_id", "shop_id", "title"):  # the demo feed's offers have every fault there is
+        clean = pc.and_(clean, pc.is_valid(labelled[needed]))
+    divided = divide(labelled.filter(clean), "product", 0.3, 17)
     inputs = {
-        "catalog_taxonomy": workshop.taxonomy(feed.write_taxonomy(work / "taxonomy")),
+        "catalog_taxonomy": taxonomy,
         "training_sample": workshop.training_sample(divided.train, "product", 0.1, 17),
         "evaluation_set": workshop.evaluation_set(divided.test, "product", 0.3, 17),
     }

@@ -22,6 +22,10 @@ from ml.serving.prices import InstancePrice
 OPERATIONAL = {"operational": True}
 """Marks a parameter that says how the work is done, not what comes out: it is not part of the key."""
 
+AUTO = "auto"
+AUTO_WITH_EXTRAS = "auto-with-extras"
+"""Values of parameter ``backend`` that name none."""
+
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 Count = Annotated[int, Meta(ge=1)]
 Seed = Annotated[int, Meta(ge=0, description="Seed of every random choice of this stage.")]
@@ -292,8 +296,11 @@ class FastModelParameters(Parameters, frozen=True, kw_only=True):
     regularisation: Annotated[float, Meta(gt=0, description="C of the linear support vector machines.")] = 2.0
     pseudo_label_confidence: Annotated[
         Share,
-        Meta(description="Unlabelled offers of which the teacher is this sure are trained on too; 1: none."),
-    ] = 0.9
+        Meta(
+            description="Unlabelled offers of which the teacher is this sure are trained on too, as what it "
+            "finds likely; 1: none."
+        ),
+    ] = 0.5
     label_weight: Annotated[
         Share, Meta(description="Weight of labels on labelled offers; the teacher's word gets the rest.")
     ] = 1.0
@@ -306,8 +313,12 @@ class FastModelParameters(Parameters, frozen=True, kw_only=True):
     ] = 0.02
     rank: Annotated[
         int,
-        Meta(ge=0, description="Margins are combinations of so many directions; 0: of one per category."),
-    ] = 0
+        Meta(
+            ge=0,
+            description="Where there are more categories, margins are combinations of so many directions; "
+            "0: as many as categories.",
+        ),
+    ] = 512
     seed: Seed = 17
 
 
@@ -401,6 +412,13 @@ class CompileParameters(Parameters, frozen=True, kw_only=True):
 
     target: Literal["cpu", "neuron", "torchscript"] = "cpu"
     parity_offers: Annotated[Count, Meta(description="Offers that both models are compared on.")] = 2_000
+    backend: Annotated[
+        str,
+        Meta(
+            description="Of target cpu. 'auto': the fastest in ONNX Runtime that keeps the gate's limits; "
+            "'auto-with-extras': OpenVINO is tried too; or a backend's name, e.g. onnx-int8-rows."
+        ),
+    ] = AUTO
     sdk: Annotated[
         str,
         Meta(description="Version of torch-neuronx that has to compile; empty: whichever is there."),
@@ -726,7 +744,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="compiled_student",
-        version="2",
+        version="3",
         summary="Compile the student for a target, put the fast model before it, compare with the original.",
         entry_point="ml.serving.compilation:compile_student",
         parameters=CompileParameters,

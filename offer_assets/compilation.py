@@ -13,7 +13,7 @@ from ml.serving.neuron import DEVICE_FAMILY, REFERENCE, SDK_VERSION
 from ml.stages import STAGES, CompileParameters
 from offer_assets import policies
 from offer_assets.checks import check_result, partitioned_check
-from offer_assets.metadata import materialization, picture, table
+from offer_assets.metadata import MetadataMapping, materialization, picture, table
 from offer_assets.partitions import COMPILE_TARGETS, NEURON
 from offer_assets.taxonomy import taxonomy_in_force
 from resources.compute import Compute
@@ -39,7 +39,7 @@ def compiled_student(
     compute: Compute,
     tracking: Tracking,
 ) -> dg.MaterializeResult:
-    """Servable model: int8 ONNX for `cpu`, bf16 programs for AWS Inferentia 2 for `neuron` (in its image).
+    """Servable model: the fastest exact graph for `cpu`, bf16 programs for `neuron` (AWS Inferentia 2).
 
     The fast model stands before it and answers what it is sure of.
     """
@@ -58,7 +58,21 @@ def compiled_student(
         ),
     )
     tracking.record(result.manifest, result.ref)
-    return materialization(result, metadata=_cascade_metadata(compute.folder(result.ref), result.ref.metrics))
+    metrics = result.ref.metrics
+    return materialization(
+        result, metadata=_backends(metrics) | _cascade_metadata(compute.folder(result.ref), metrics)
+    )
+
+
+def _backends(metrics: Mapping[str, Any]) -> MetadataMapping:
+    """For `cpu`, the backend that was taken and every one that was tried."""
+    if "backend" not in metrics:
+        return {}
+    return {
+        "backend": metrics["backend"],
+        "backend_reason": metrics["backend_reason"],
+        "backend_candidates": table(metrics["backend_candidates"]),
+    }
 
 
 def _cascade_metadata(folder: Path, metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -52,14 +52,21 @@ class TrainingPlan(dg.ConfigurableResource):
     split_by: Literal["product", "shop"] = Field(description="What must not be on both sides of the split.")
     encoder: str = Field(description="Teacher: 'packaged-minilm', a hub id or a local folder.")
     instruction: str = Field(description="Put before every text, for instruction-tuned encoders.")
-    max_tokens: int = Field(description="Longer offer texts are cut to this many tokens.")
+    max_tokens: int = Field(description="The teacher cuts longer offer texts to this many tokens.")
     labelled_offers: int = Field(description="At most this many labelled offers in the sample.")
     unlabelled_offers: int = Field(description="At most this many unlabelled offers in the sample.")
     cap_per_category: int = Field(description="At most this many labelled offers of a category.")
     teacher_epochs: int = Field(description="Passes of the teacher over the labelled offers.")
     teacher_learning_rate: float = Field(description="Peak learning rate of the teacher's encoder.")
+    pretraining_epochs: int = Field(description="Passes of the teacher over all offers before the labels.")
+    pseudo_label_epochs: int = Field(
+        description="Passes of a second training of the teacher, on guesses too."
+    )
+    lora_rank: int = Field(description="Rank of the teacher's low-rank adapters; 0: all weights are trained.")
+    cold_categories: bool = Field(description="Whether leaves without a labelled offer are answers too.")
     student_encoder: str = Field(description="'teacher' (layers of it) or an encoder as for the teacher.")
     student_layers: int = Field(description="Encoder layers of the student.")
+    student_max_tokens: int = Field(description="The student cuts longer offer texts to this many tokens.")
     student_epochs: int = Field(description="Passes of the student over the teacher's labels.")
     student_learning_rate: float = Field(description="Peak learning rate of the student's encoder.")
     student_label_weight: float = Field(description="What labels count beside the teacher's word.")
@@ -104,6 +111,10 @@ class TrainingPlan(dg.ConfigurableResource):
             max_tokens=self.max_tokens,
             epochs=self.warm_teacher_epochs if warm else self.teacher_epochs,
             learning_rate=self.teacher_learning_rate,
+            pretraining_epochs=self.pretraining_epochs,
+            pseudo_label_epochs=self.pseudo_label_epochs,
+            lora_rank=self.lora_rank,
+            cold_categories=self.cold_categories,
             devices=self.devices,
         )
 
@@ -117,7 +128,7 @@ class TrainingPlan(dg.ConfigurableResource):
             encoder=self.student_encoder,
             encoder_digest=encoder_digest(self.student_encoder),
             layers=self.student_layers,
-            max_tokens=self.max_tokens,
+            max_tokens=self.student_max_tokens,
             epochs=self.warm_student_epochs if warm else self.student_epochs,
             learning_rate=self.student_learning_rate,
             label_weight=self.student_label_weight,

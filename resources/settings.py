@@ -268,7 +268,7 @@ class Settings(AwsSettings):
         ge=8,
         le=512,
         validation_alias="OFFER_ASSETS_MAX_TOKENS",
-        description="Longer offer texts are cut to this many tokens (8 to 512).",
+        description="The teacher cuts longer offer texts to this many tokens (8 to 512).",
     )
     teacher_epochs: int = Field(
         default=_default(TeacherParameters, "epochs"),
@@ -282,6 +282,31 @@ class Settings(AwsSettings):
         validation_alias="OFFER_ASSETS_TEACHER_LEARNING_RATE",
         description="Peak learning rate of the teacher's encoder (hyperparameter_search looks for it).",
     )
+    pretraining_epochs: int = Field(
+        default=_default(TeacherParameters, "pretraining_epochs"),
+        ge=0,
+        validation_alias="OFFER_ASSETS_PRETRAINING_EPOCHS",
+        description="Teacher's passes over all offers, labelled or not, before it sees a label; 0: none.",
+    )
+    pseudo_label_epochs: int = Field(
+        default=_default(TeacherParameters, "pseudo_label_epochs"),
+        ge=0,
+        validation_alias="OFFER_ASSETS_PSEUDO_LABEL_EPOCHS",
+        description="Teacher's passes of a second training, on its own confident guesses too; 0: none.",
+    )
+    lora_rank: int = Field(
+        default=_default(TeacherParameters, "lora_rank"),
+        ge=0,
+        validation_alias="OFFER_ASSETS_LORA_RANK",
+        description="Rank of the low-rank adapters that the teacher's encoder is trained by; 0: all weights "
+        "are trained.",
+    )
+    cold_categories: bool = Field(
+        default=_default(TeacherParameters, "cold_categories"),
+        validation_alias="OFFER_ASSETS_COLD_CATEGORIES",
+        description="Whether leaves of the taxonomy without a labelled offer can be answers too, by their "
+        "names alone (true, false).",
+    )
     student_encoder: Encoder = Field(
         default=_default(StudentParameters, "encoder"),
         validation_alias="OFFER_ASSETS_STUDENT_ENCODER",
@@ -293,6 +318,13 @@ class Settings(AwsSettings):
         ge=1,
         validation_alias="OFFER_ASSETS_STUDENT_LAYERS",
         description="Encoder layers that the student keeps.",
+    )
+    student_max_tokens: int = Field(
+        default=_default(StudentParameters, "max_tokens"),
+        ge=8,
+        le=512,
+        validation_alias="OFFER_ASSETS_STUDENT_MAX_TOKENS",
+        description="The student cuts longer offer texts to this many tokens (8 to 512).",
     )
     student_epochs: int = Field(
         default=_default(StudentParameters, "epochs"),

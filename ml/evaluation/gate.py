@@ -40,11 +40,11 @@ class GateLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     ] = False
     min_same_category_compiled: Annotated[
         Share, Meta(description="Offers that the compiled model puts into the same category, at least.")
-    ] = 0.97
+    ] = 0.995
     max_error_of_cascade: Annotated[
         Share, Meta(description="Probability of finding a cascade too lossy that is not, at most.")
     ] = 0.05
-    max_f1_loss_compiled: Annotated[Share, Meta(description="Weighted F1 that compiling may cost.")] = 0.01
+    max_f1_loss_compiled: Annotated[Share, Meta(description="Weighted F1 that compiling may cost.")] = 0.002
 
 
 class Proposition(msgspec.Struct, frozen=True, kw_only=True):

@@ -417,7 +417,8 @@ def _loaders(
     taxonomy_change = context.optional_input("taxonomy_change")
     since = _transitions_since(production, taxonomy_change) if taxonomy_change else {}
     moves = most_likely_moves(since.values())
-    return loaders | {PRODUCTION: lambda: _Moved(_Deep(Predictor.load(production)), moves)}, None
+    # As if its fast model were sure of nothing, as the new one is; what a cascade may lose is stated apart.
+    return loaders | {PRODUCTION: lambda: _Moved(Predictor.load(production), moves)}, None
 
 
 def _transitions_since(production: Path, taxonomy_change: Path) -> dict[str, Transition]:
@@ -430,14 +431,14 @@ def _transitions_since(production: Path, taxonomy_change: Path) -> dict[str, Tra
 
 
 class _Moved:
-    """A model of an earlier taxonomy whose answers are categories of today's."""
+    """The deep answers of an earlier taxonomy's model, as categories of today's."""
 
-    def __init__(self, model: Model, moves: Mapping[str, str]) -> None:
-        self._model = model
-        self.labels: list[str] = [moves.get(label, label) for label in model.labels]
+    def __init__(self, predictor: Predictor, moves: Mapping[str, str]) -> None:
+        self._predictor = predictor
+        self.labels: list[str] = [moves.get(label, label) for label in predictor.labels]
 
     def predict_probabilities(self, texts: Sequence[str]) -> np.ndarray[Any, Any]:
-        return self._model.predict_probabilities(texts)
+        return self._predictor.deep_probabilities(texts)
 
 
 class _AsServed:
@@ -465,20 +466,6 @@ class _AsServed:
         countries = [OTHER_COUNTRIES] * len(texts)
         fast = self._cascade.fast_probabilities(self._fast.predict_probabilities(texts), countries)
         return self._cascade.deep_probabilities(fast, self._student.predict_probabilities(texts), countries)
-
-
-class _Deep:
-    """A compiled model's answer as if its fast model were sure of nothing.
-
-    As the student's own is measured, which is not in a cascade yet; what that may lose is stated apart.
-    """
-
-    def __init__(self, predictor: Predictor) -> None:
-        self._predictor = predictor
-        self.labels: list[str] = predictor.labels
-
-    def predict_probabilities(self, texts: Sequence[str]) -> np.ndarray[Any, Any]:
-        return self._predictor.deep_probabilities(texts)
 
 
 class _Batched:

@@ -87,7 +87,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--model",
         metavar="DIR",
-        help="explain the answer of this compiled_student (or 'current') instead of the student's",
+        help="explain the student as compiled in this compiled_student (or 'current')",
     )
     parser.add_argument(
         "--fast", type=Path, metavar="DIR", help="show what this fast_checkpoint makes of each word beside"

@@ -8,15 +8,17 @@ from typing import Any, Protocol
 
 import msgspec
 
-from ml.artifacts import read_manifest, short_version
+from ml.artifacts import read_manifest, short_version, verify
 from ml.errors import InputError
 from ml.explanation.neighbours import LabelledOffers, SimilarOffer
 from ml.explanation.words import Model, Word, read_words
 from ml.learning.encoder import Classifier
 from ml.offers import offer_text
 from ml.progress import Progress
+from ml.serving.compiled_model import CompiledModel
 from ml.serving.fast_model import FastModel
-from ml.serving.predictor import Alternative, Predictor, problem_of
+from ml.serving.predictor import Alternative, problem_of
+from ml.stages import SERVABLE
 from ml.taxonomy import TAXONOMY_FILE, Taxonomy
 
 _ALTERNATIVES = 3
@@ -107,7 +109,8 @@ class Explainer:
             student: A ``student_checkpoint`` artifact; labelled offers are compared by its text vectors.
             sample: The ``training_sample`` artifact that it learned from.
             index: Folder that keeps these vectors.
-            model: The ``compiled_student`` artifact whose answers are explained; None: the student itself.
+            model: The ``compiled_student`` artifact whose student is explained as it was compiled; None: the
+                student as it was trained.
             fast: A ``fast_checkpoint`` artifact whose contributions are shown beside; None: they are not.
             progress: Where to report.
 
@@ -121,8 +124,9 @@ class Explainer:
         linear = FastModel.load(fast) if fast else None
         if model is None:
             return cls(classifier, short_version(manifest.digest), classifier, offers, taxonomy, linear)
-        predictor = Predictor.load(model)
-        return cls(predictor, predictor.model_version, classifier, offers, predictor.taxonomy, linear)
+        version = short_version(verify(model, kinds=SERVABLE).digest)
+        taxonomy = Taxonomy.load(model / TAXONOMY_FILE)
+        return cls(CompiledModel.open(model), version, classifier, offers, taxonomy, linear)
 
     def explain(
         self, offer: Mapping[str, Any], similar: int = 5, category_id: str | None = None

@@ -147,8 +147,8 @@ class _Search:
         self._taxonomy = Taxonomy.load(context.input("catalog_taxonomy"))
         self._validation = read_labelled(context.input("training_sample"), "validation")
         self.fixed = self._fixed()
-        self.space = space_of(parameters.model, parameters.searched, self.fixed)
         self._start = parameters_of(self.stage, self.fixed)
+        self.space = space_of(parameters.model, parameters.searched, self._start)
         self._study = self._opened_study()
 
     def _fixed(self) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class TeacherLabels(msgspec.Struct, frozen=True):
     @property
     def confidence(self) -> NDArray[np.float32]:
         """Probability of the most likely class, (offers,)."""
-        result: NDArray[np.float32] = self.probabilities.max(axis=1, initial=0.0)  # of no offers, too
+        result: NDArray[np.float32] = self.probabilities.max(axis=1, initial=0.0)  # there may be no offers
         return result
 
     @property

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
 from ml.errors import InputError
-from ml.stages import STAGES, Stage
+from ml.stages import STAGES, Parameters, Stage
 
 Value = float | int
 
@@ -93,13 +93,13 @@ SPACES: dict[str, Space] = {
 }
 
 
-def space_of(model: str, names: Sequence[str], fixed: Mapping[str, Any]) -> dict[str, Range | Choice]:
+def space_of(model: str, names: Sequence[str], set_now: Parameters) -> dict[str, Range | Choice]:
     """What a search of ``model`` varies.
 
     Args:
         model: ``teacher``, ``student`` or ``fast``.
         names: Of the parameters that vary; none: those that are proposed.
-        fixed: Parameters as they are set; the ranges are made wide enough for them.
+        set_now: Parameters of the model's stage; the ranges are made wide enough for them.
 
     Raises:
         InputError: a name is not in the model's search space.
@@ -112,9 +112,8 @@ def space_of(model: str, names: Sequence[str], fixed: Mapping[str, Any]) -> dict
                 f"searched: {model} has no {name!r} to search, did you mean {nearest!r}? "
                 f"There are {', '.join(space)}"
             )
-    defaults = {field.name: field.default for field in msgspec.structs.fields(_stage(model).parameters)}
     return {
-        name: candidate.including(fixed.get(name, defaults[name]))
+        name: candidate.including(getattr(set_now, name))
         for name, candidate in space.items()
         if (name in names if names else candidate.proposed)
     }

@@ -50,10 +50,7 @@ def main(arguments: Sequence[str]) -> None:
     progress = Progress("classify")
     model = model_folder(options.model)
     if options.plan:
-        job = _job(model, options.input)
-        with parts_of(options.output, job) as parts:
-            parts.take_over()
-            progress.say(_plan(model, job, parts, options.workers))
+        _say_plan(model, options, progress)
         return
     try:
         counts = classify(model, options.input, options.output, options.workers, progress)
@@ -93,7 +90,7 @@ def classify(
     job = _job(model, feed)
     with parts_of(output, job) as parts:
         if parts.is_joined():
-            progress.say(f"{output} is complete already; remove it to classify these offers once more")
+            progress.say(_complete(output))
             counts = _problems_of(output)
         else:
             if message := parts.take_over():
@@ -113,6 +110,21 @@ def _job(model: Path, feed: str) -> Job:
         columns=[f"{field.name} {field.type}" for field in OUTPUT_SCHEMA],
         sources=sources,
     )
+
+
+def _say_plan(model: Path, options: argparse.Namespace, progress: Progress) -> None:
+    job = _job(model, options.input)
+    with parts_of(options.output, job) as parts:
+        if parts.is_joined():
+            progress.say(_complete(options.output))
+            return
+        if message := parts.take_over(only_look=True):
+            progress.say(message)
+        progress.say(_plan(model, job, parts, options.workers))
+
+
+def _complete(output: Path) -> str:
+    return f"{output} is complete already; remove it to classify these offers once more"
 
 
 def _plan(model: Path, job: Job, parts: Parts, workers: int | None) -> str:

@@ -1,8 +1,9 @@
 """From a trained student to the form that serves: files that the runtime of a target executes.
 
-For ``cpu`` that is an int8 ONNX graph (:mod:`ml.serving.onnx_export`), for ``neuron`` and ``torchscript``
-one traced module per bucket of lengths (:mod:`ml.serving.tracing`). Before it stands the fast model, and what
-decides between the two (:mod:`ml.serving.cascade`), chosen on what the compiled student answers.
+For ``cpu`` that is the graph of whichever backend does best here (:mod:`ml.serving.backends`), for
+``neuron`` and ``torchscript`` one traced module per bucket of lengths (:mod:`ml.serving.tracing`). Before it
+stands the fast model, and what decides between the two (:mod:`ml.serving.cascade`), chosen on what the
+compiled student answers.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pyarrow as pa
@@ -33,6 +34,7 @@ from ml.serving.compiled_model import (
     TOKENIZER_FILE,
     TORCHSCRIPT,
     CompiledModel,
+    CpuForm,
     ModelSettings,
     TracedForm,
 )
@@ -40,6 +42,9 @@ from ml.serving.fast_model import FastModel
 from ml.serving.parity import compare, evaluation_sample
 from ml.stages import CompileParameters
 from ml.taxonomy import TAXONOMY_FILE, Taxonomy
+
+if TYPE_CHECKING:
+    from ml.serving.backends import Compiled
 
 
 def compile_student(context: StageContext, parameters: CompileParameters) -> dict[str, Any]:
@@ -54,7 +59,8 @@ def compile_student(context: StageContext, parameters: CompileParameters) -> dic
         What :func:`ml.serving.parity.compare` found; :func:`ml.evaluation.cascade.cascade_figures` of the
         evaluation offers with ``cascade_`` before each name, and of the validation offers that the cascade
         was chosen on with ``validation_``; for ``neuron`` all of these with ``reference_`` before each name
-        and ``device_parity`` "not measured"; what was chosen (``fast_from``, ``review_below``,
+        and ``device_parity`` "not measured"; for ``cpu`` the backend and all candidates
+        (:attr:`ml.serving.backends.Compiled.metrics`); what was chosen (``fast_from``, ``review_below``,
         ``fast_weight``, ``own_thresholds``, ``review_certified``); sizes in bytes of both folders.
 
     Raises:
@@ -72,7 +78,9 @@ def compile_student(context: StageContext, parameters: CompileParameters) -> dic
     sample = evaluation_sample(context.input("evaluation_set"), parameters.parity_offers)
 
     context.progress.say(f"compiling {classifier.parameter_count:,} weights for {target}")
-    _write(context.output, classifier, target, context.checkpoints, context.progress)
+    graph = _compile_for_cpu(context, classifier, sample, parameters)
+    form = graph.form if graph else None
+    _write(context.output, classifier, target, context.checkpoints, context.progress, form)
     shutil.copyfile(student / TAXONOMY_FILE, context.output / TAXONOMY_FILE)
     shutil.copytree(
         fast, context.output / FAST_FOLDER, ignore=shutil.ignore_patterns(MANIFEST, TAXONOMY_FILE)
@@ -104,7 +112,7 @@ def compile_student(context: StageContext, parameters: CompileParameters) -> dic
         f"same category on {found['same_category']:.1%}, {found['offers_per_second']:,.0f} offers/s "
         f"and core instead of {found['original_offers_per_second']:,.0f}, {megabytes}"
     )
-    return measured | chosen | sizes
+    return measured | chosen | sizes | (graph.metrics if graph else {})
 
 
 def _add_cascade(
@@ -171,8 +179,28 @@ def _add_cascade(
     return chosen, figures | {f"cascade_{name}": value for name, value in measured.items()}
 
 
-def _write(folder: Path, classifier: Classifier, target: str, checkpoints: Path, progress: Progress) -> None:
-    """Compile into ``folder``; all that a model of this target consists of but its taxonomy."""
+def _compile_for_cpu(
+    context: StageContext, classifier: Classifier, sample: pa.Table, parameters: CompileParameters
+) -> Compiled | None:
+    """The graph of the best backend; None: the target is another."""
+    if parameters.target != CPU:
+        return None
+    from ml.serving.backends import compile_for_cpu
+
+    return compile_for_cpu(
+        classifier, sample, context.output, backend=parameters.backend, progress=context.progress
+    )
+
+
+def _write(
+    folder: Path,
+    classifier: Classifier,
+    target: str,
+    checkpoints: Path,
+    progress: Progress,
+    cpu: CpuForm | None = None,
+) -> None:
+    """Compile into ``folder`` all that a model of this target has but its taxonomy, and a CPU's graph."""
     traced = _compile(folder, classifier, target, checkpoints, progress)
     (folder / TOKENIZER_FILE).write_text(classifier.tokenizer.to_str(), encoding="utf-8")
     (folder / LABELS_FILE).write_bytes(msgspec.json.encode(list(classifier.labels)))
@@ -185,6 +213,7 @@ def _write(folder: Path, classifier: Classifier, target: str, checkpoints: Path,
         instruction=settings.instruction,
         temperature=settings.temperature,
         traced=traced,
+        cpu=cpu,
     ).write(folder)
 
 
@@ -192,10 +221,6 @@ def _compile(
     folder: Path, classifier: Classifier, target: str, checkpoints: Path, progress: Progress
 ) -> TracedForm | None:
     if target == CPU:
-        from ml.serving.onnx_export import export_int8
-        from ml.serving.onnx_model import MODEL_FILE
-
-        export_int8(classifier, folder / MODEL_FILE)
         return None
     from ml.serving.tracing import trace_for_neuron, trace_for_torch, trace_student
 

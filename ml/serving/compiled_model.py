@@ -19,7 +19,7 @@ from ml.errors import InputError
 from ml.offers import check_text_version
 
 CPU = "cpu"
-"""int8 ONNX graph, run by ONNX Runtime."""
+"""ONNX graph, mostly int8, run by ONNX Runtime or OpenVINO."""
 
 NEURON = "neuron"
 """TorchScript around programs for AWS Inferentia 2, one per bucket of lengths."""
@@ -53,6 +53,21 @@ class TracedForm(msgspec.Struct, frozen=True, kw_only=True):
     """Of the accelerator; empty: none."""
 
 
+class CpuForm(msgspec.Struct, frozen=True, kw_only=True):
+    """Which of the backends a model for ``cpu`` was compiled by, and why."""
+
+    backend: str
+    """By its name in :data:`ml.serving.backends.BACKENDS`."""
+    runtime: str
+    """What executes the graph."""
+    batched: bool
+    """Whether texts of one length may be computed together: a text's logits are the same bits."""
+    cpu_features: list[str]
+    """That the CPU had on which the backend was chosen, of those that matter."""
+    reason: str
+    """Why this one, for people."""
+
+
 class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """``model.json``: everything beside the weights that a prediction depends on."""
 
@@ -64,6 +79,8 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     temperature: float
     traced: TracedForm | None = None
     """Of the targets that have static shapes."""
+    cpu: CpuForm | None = None
+    """Of target ``cpu``."""
 
     def write(self, folder: Path) -> None:
         """Write ``model.json`` into ``folder``."""

@@ -18,6 +18,12 @@ _AMAZON = "Amazon EC2"
 _ARCHITECTURES = {"amd64": "x86_64", "aarch64": "arm64"}
 """What some systems call it, and what others do."""
 
+_FEATURES = (
+    *("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"),  # x86_64
+    *("asimddp", "i8mm", "bf16", "sve"),  # arm64
+)
+"""Instructions that decide how fast, and how, a CPU multiplies matrices; as Linux calls them."""
+
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
     """The part of a machine that this process may use."""
@@ -57,6 +63,14 @@ def this_machine(
         architecture=_ARCHITECTURES.get(architecture.lower(), architecture),
         instance_type=variables.get(_INSTANCE_VARIABLE) or _ec2_type(dmi),
     )
+
+
+def cpu_features(cpu_file: Path = Path("/proc/cpuinfo")) -> list[str]:
+    """Which of the instructions that matter to matrix products this CPU has; empty where nothing tells."""
+    lines = _text(cpu_file).splitlines()
+    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    present = set(flags.partition(":")[2].split())
+    return [name for name in _FEATURES if name in present]
 
 
 def _cpu(file: Path) -> str:

@@ -11,8 +11,8 @@ its character n-grams is a sum that can be computed once, and a text is a sum ov
 
 Texts are read many at a time, as arrays of code points. Words, pairs and n-grams are told apart by their
 *keys*, numbers of 54 bits: polynomials in the code points modulo 2**64 (Karp and Rabin, 1987), then mixed.
-That two different ones have the same key is possible and never seen: a billion words that meet a model of
-a million n-grams do so with a probability of about one in twenty.
+Different ones may have the same key: the probability that one of a million different words is taken for
+one of a million n-grams of the model is about one in ten thousand.
 """
 
 from __future__ import annotations

@@ -1,63 +1,68 @@
-"""The student as an int8 ONNX graph: weights quantised per output channel, activations per text as it runs.
+"""The student as an ONNX graph in full precision: texts of one length in, logits out.
 
-The graph takes one text (see :mod:`ml.serving.onnx_model` for why), so its mask is all ones and there is
-nothing to pad.
+Every row of a batch has the same number of tokens, so there is nothing to pad and no mask. What follows the
+encoder is written so that a text's logits have the same bits in every batch: kernels that sum over an axis,
+or multiply by a matrix, round differently for one row than for several.
 """
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 import onnx
 import torch
-from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import Tensor, nn
 
 from ml.learning.encoder import Classifier
-from ml.serving.onnx_model import INPUT_NAME, MODEL_FILE, OUTPUT_NAME
+from ml.serving.graphs import INPUT_NAME, OUTPUT_NAME
 from ml.serving.quiet import quiet
 
+OPSET = 23
+"""The first that has attention as one operator."""
 
-class _OneText(nn.Module):
-    """The classifier on a single text: ids (1, length) in, logits (1, classes) out."""
+
+class _TextsOfOneLength(nn.Module):
+    """The classifier on ids (texts, length), none of them padding; logits (texts, classes) out."""
 
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
-        self._classifier = classifier
+        self._encoder = classifier.encoder
+        self._head = classifier.head
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return self._classifier(input_ids, torch.ones_like(input_ids))
+        hidden = self._encoder(input_ids=input_ids).last_hidden_state
+        # A sum points where the mean does, and has its length taken away. Products of small matrices, one
+        # pair for each text, are computed alike for any number of texts; ReduceMean and ReduceL2 are not.
+        ones = torch.ones_like(hidden[:, :, :1]).transpose(1, 2)
+        total = torch.bmm(ones, hidden)
+        length = torch.bmm(total, total.transpose(1, 2)).sqrt()
+        vectors = (total / length).squeeze(1)
+        # One row alone would be multiplied by another kernel than several: there are always two.
+        logits: Tensor = self._head(torch.cat([vectors, vectors[:1]]))[:-1]
+        return logits
 
 
-def export_int8(classifier: Classifier, path: Path) -> None:
-    """Write the classifier as an int8 ONNX graph: token ids (1, length) in, logits (1, classes) out.
-
-    Weights keep all 8 bits: products add up exactly on CPUs with VNNI instructions (Intel since
-    2019, AMD since 2022), older ones may saturate now and then.
+def export(classifier: Classifier) -> onnx.ModelProto:
+    """The classifier as an ONNX graph: token ids (texts, length) in, logits (texts, classes) out, float32.
 
     Args:
         classifier: On the CPU, in evaluation mode.
-        path: The file to write; nothing is written beside it.
     """
-    ids = torch.full((1, 8), classifier.pad_id, dtype=torch.int64)
+    ids = torch.full((3, 8), classifier.pad_id, dtype=torch.int64)
+    texts = torch.export.Dim("texts", min=1, max=1024)
     length = torch.export.Dim("length", min=2, max=classifier.settings.max_tokens)
-    with quiet(), tempfile.TemporaryDirectory(prefix="export-") as folder:
+    with quiet():
         program = torch.onnx.export(
-            _OneText(classifier),
+            _TextsOfOneLength(classifier),
             (ids,),
             input_names=[INPUT_NAME],
             output_names=[OUTPUT_NAME],
-            dynamic_shapes={"input_ids": {1: length}},
+            dynamic_shapes={"input_ids": {0: texts, 1: length}},
+            opset_version=OPSET,
             dynamo=True,
             verbose=False,
         )
-        raw = program.model_proto
-        _strip(raw)
-        onnx.save(raw, Path(folder) / MODEL_FILE)
-        # The raw export: ONNX Runtime's transformer optimiser finds nothing to fuse in it, and what
-        # it writes cannot be quantised.
-        quantize_dynamic(Path(folder) / MODEL_FILE, path, per_channel=True, weight_type=QuantType.QInt8)
+    model = program.model_proto
+    _strip(model)
+    return model
 
 
 def _strip(model: onnx.ModelProto) -> None:

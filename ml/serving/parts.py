@@ -30,6 +30,7 @@ _FORMAT = 1
 _ROW_GROUP_OFFERS = 65_536
 _JOB_FILE = "job.json"
 _LOCK_FILE = "lock"
+_ALL_PARTS = "part-*.parquet"
 _PARTIAL = ".partial"
 _PLACE_KEY = b"offer_assets_place"
 """In each part: the :class:`Place` behind it."""
@@ -94,26 +95,31 @@ class Parts:
         self.place = Place()
         """Behind them in the feed."""
 
-    def take_over(self) -> str | None:
+    def take_over(self, *, only_look: bool = False) -> str | None:
         """Count the parts that an earlier run left and that are of use still; the others go.
 
         All are of use if the job is the same. If only files of the feed changed, those are that hold
         no offer of a changed file, nor of one behind it.
 
+        Args:
+            only_look: Leave those that are of no use where they are.
+
         Returns:
             What became of them, for people; None if there was nothing.
         """
         before = self._job_before()
-        found = sorted(self._folder.glob("part-*.parquet"))
+        found = sorted(self._folder.glob(_ALL_PARTS))
         same = before is not None and before.answers_as(self._job)
         unchanged = before.files_in_common(self._job) if before is not None and same else 0
         for number, path in enumerate(found):
             place = _place_behind(path) if path == self._path(number) and number == self.count else None
             if place is None or place.file >= unchanged:
-                path.unlink()
+                if not only_look:
+                    path.unlink()
                 continue
             self._count(pq.read_metadata(path).num_rows, place)
-        self._write(_JOB_FILE, msgspec.json.encode(self._job))
+        if not only_look:
+            self._write(_JOB_FILE, msgspec.json.encode(self._job))
         if not found:
             return None
         return self._taken_over(before, len(found) - self.count)
@@ -224,7 +230,7 @@ def parts_of(output: Path, job: Job) -> Iterator[Parts]:
         try:
             yield parts
         finally:
-            if not parts.count and folder.exists():
+            if folder.exists() and not any(folder.glob(_ALL_PARTS)):
                 parts.clear()
 
 

@@ -24,6 +24,8 @@ AS_ROOT = {"training.Dockerfile", "neuron.Dockerfile"}
 """SageMaker mounts the folders that a job writes to for root alone."""
 
 _OF_THE_NEURON_SDK = {"libneuronxla", "neuronxcc", "torch_neuronx", "torch_xla"}
+_EXTRAS = {"openvino"}
+"""What only who asks for it installs."""
 
 every_image = pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.stem)
 every_sagemaker_image = pytest.mark.parametrize("dockerfile", SAGEMAKER, ids=lambda path: path.stem)
@@ -127,7 +129,7 @@ def test_an_image_is_made_with_the_python_that_the_project_supports(dockerfile):
 
 
 def test_the_training_image_installs_everything_that_ml_imports():
-    assert _imported_by(ROOT / "ml") - modules_of("training") - _OF_THE_NEURON_SDK == set()
+    assert _imported_by(ROOT / "ml") - modules_of("training") - _OF_THE_NEURON_SDK - _EXTRAS == set()
 
 
 def test_the_serving_image_installs_nothing_that_trains_or_orchestrates():

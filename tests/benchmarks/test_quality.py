@@ -6,7 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks import one_model, quality, report
-from benchmarks.our_models import MODELS, STAGES
+from benchmarks.labelled_offers import divide
+from benchmarks.our_models import MODELS, STAGES, Workshop
 from benchmarks.plots import pareto_front
 from ml.stages import stage_named
 from ml.taxonomy import Category, Taxonomy
@@ -168,3 +169,30 @@ def test_ablations_change_parameters_of_stages_that_exist():
         for stage in ablation.changes:
             assert stage in STAGES
             assert stage_named(stage)
+
+
+def test_no_stage_sees_a_held_out_offer(feed, monkeypatch):
+    arguments, _ = feed
+    seen = []
+
+    def trained(workshop, inputs, last="compiled_student"):
+        for folder, file in (("training_sample", "labelled"), ("evaluation_set", "offers")):
+            path = inputs[folder] / f"{file}.parquet"
+            seen.append(set(pq.read_table(path)["offer_id"].to_pylist()))
+        return iter(())
+
+    held_out = []
+
+    def divided(*given):
+        found = divide(*given)
+        held_out.extend(found.test["offer_id"].to_pylist())
+        return found
+
+    monkeypatch.setattr(Workshop, "train", trained)
+    monkeypatch.setattr(quality, "divide", divided)
+    quality.main([*arguments, "fast"])
+    of_sample, of_evaluation = seen
+    assert held_out
+    assert of_sample
+    assert of_evaluation
+    assert not (of_sample | of_evaluation) & set(held_out)

@@ -170,7 +170,7 @@ class OracleModels:
         ]
 
     def predict_probabilities(self, texts: list[str]) -> Any:
-        """As :meth:`ml.learning.fast_model.FastModel.predict_probabilities`."""
+        """As :meth:`ml.serving.fast_model.FastModel.predict_probabilities`."""
         probabilities = np.zeros((len(texts), len(self.labels)))
         for row, text in enumerate(texts):
             answer = self.by_text[text]

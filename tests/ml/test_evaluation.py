@@ -60,8 +60,10 @@ class Scripted:
     def predict_probabilities(self, texts, *_):
         probabilities = np.full((len(texts), len(self.labels)), 0.1 / (len(self.labels) - 1), np.float32)
         for row, text in enumerate(texts):
-            probabilities[row, self.labels.index(self.answers[text])] = 0.9
+            probabilities[row, self.labels.index(self.answers.get(text, self.labels[0]))] = 0.9
         return probabilities
+
+    deep_probabilities = predict_probabilities
 
 
 class Bench:

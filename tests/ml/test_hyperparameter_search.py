@@ -19,7 +19,7 @@ from ml.learning.search_space import SPACES, STAGE_OF, Choice, Range, space_of
 from ml.learning.training_data import read_labelled
 from ml.progress import Progress
 from ml.runner import StageContext, run_stage
-from ml.stages import STAGES, TeacherParameters
+from ml.stages import STAGES, StudentParameters, TeacherParameters
 from tests.ml.tiny_models import TINY_TEACHER, distillation_inputs, stage_spec, tiny_encoder, tiny_inputs
 
 LABELS = ["atlases", "kettles", "novels", "toasters"]
@@ -248,6 +248,11 @@ def test_what_is_set_and_refused_ends_the_search_every_time(bench, monkeypatch):
             bench.search()
 
 
+def test_what_is_set_wrongly_is_named(bench):
+    with pytest.raises(InputError, match=r"parameters of teacher_checkpoint: .*epochs"):
+        bench.search(fixed={"epochs": "two"})
+
+
 def test_a_search_of_the_student_without_labels_says_what_is_missing(bench):
     with pytest.raises(InputError, match="a search of the student needs teacher_labels, teacher_checkpoint"):
         bench.search(model="student", searched=[])
@@ -332,11 +337,13 @@ def test_a_renamed_parameter_or_a_range_too_wide_is_an_error_when_the_space_is_l
 
 
 def test_the_space_has_room_for_what_is_set_and_names_are_checked():
-    space = space_of("teacher", ["learning_rate", "batch_size"], {"learning_rate": 1e-3, "batch_size": 8})
+    space = space_of(
+        "teacher", ["learning_rate", "batch_size"], TeacherParameters(learning_rate=1e-3, batch_size=8)
+    )
     assert space["learning_rate"].high == 1e-3
     assert space["batch_size"].values == (8, 16, 32, 64)
-    assert "layers" not in space_of("student", [], {})
+    assert "layers" not in space_of("student", [], StudentParameters())
     with pytest.raises(
         InputError, match="teacher has no 'learning_rates' to search, did you mean 'learning_rate'"
     ):
-        space_of("teacher", ["learning_rates"], {})
+        space_of("teacher", ["learning_rates"], TeacherParameters())

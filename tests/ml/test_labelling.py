@@ -10,7 +10,7 @@ import pytest
 from ml.errors import InputError
 from ml.learning.calibration import softmax
 from ml.learning.encoder import Classifier
-from ml.learning.labelling import LABELS_SCHEMA, check_same_offers, read_teacher_labels
+from ml.learning.labelling import LABELS_SCHEMA, TeacherLabels, check_same_offers, read_teacher_labels
 from tests.ml.tiny_models import TINY_TEACHER, distillation_inputs, make, tiny_encoder, tiny_inputs
 
 TEACHER_EPOCHS = {"epochs": 1}
@@ -115,6 +115,17 @@ def test_labels_of_another_sample_are_refused(inputs: dict[str, Path], tmp_path:
         InputError, match=r"teacher_labels \(64 offers\) were not made of the training_sample"
     ):
         check_same_offers(labels, ["other"], tmp_path)
+
+
+def test_of_no_offers_there_is_no_confidence() -> None:
+    nothing = TeacherLabels(
+        [], np.empty((0, 0), np.int64), np.empty((0, 0), np.float32), np.empty(0, np.float32)
+    )
+    assert nothing.confidence.shape == (0,)
+    one = TeacherLabels(
+        ["a"], np.array([[1, 0]]), np.zeros((1, 2), np.float32), np.array([-np.inf], np.float32)
+    )
+    assert one.confidence.tolist() == [0.5]
 
 
 def test_a_sample_without_unlabelled_offers_is_labelled_too(tmp_path: Path) -> None:

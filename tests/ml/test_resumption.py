@@ -232,7 +232,7 @@ def test_killed_while_it_tidies_up_it_only_does_that(small, model, tmp_path, mon
     assert not work_folder(output).exists()
 
 
-def test_a_complete_output_is_left_alone_until_something_changes(small, model, tmp_path):
+def test_a_complete_output_is_left_alone_until_something_changes(small, model, tmp_path, capsys):
     every = _feed(tmp_path / "feed", [("csv", 30)])
     output = tmp_path / "out.parquet"
     classify(model, str(tmp_path / "feed"), output)
@@ -241,6 +241,9 @@ def test_a_complete_output_is_left_alone_until_something_changes(small, model, t
     classify(model, str(tmp_path / "feed"), output, progress=said.progress)
     assert output.stat().st_mtime_ns == written
     assert "is complete already" in said.lines[0]
+    plan = ["classify", "--plan", "--model", str(model), str(tmp_path / "feed"), str(output)]
+    assert command_line.main(plan) == 0
+    assert "is complete already" in capsys.readouterr().err.splitlines()[-1]
     Pool.asked = []
     classify(_model(tmp_path / "model", b"2"), str(tmp_path / "feed"), output)
     assert Pool.asked == every
@@ -331,6 +334,12 @@ def test_a_plan_says_what_there_is_to_do_and_does_none_of_it(small, model, tmp_p
     assert "1 workers, 36 offers in 3 parts are done" in capsys.readouterr().err
     assert Pool.asked == []
     assert _offers_in_parts(output) == 36
+    _model(tmp_path / "model", b"2")
+    assert command_line.main(command) == 0
+    assert "starting anew, 3 parts are dropped" in capsys.readouterr().err
+    _model(tmp_path / "model", b"1")
+    assert not _classify_until(0, model, feed, output)
+    assert _offers_in_parts(output) == 36  # to look at another model has cost nothing
 
 
 class _Listener:
