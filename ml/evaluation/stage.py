@@ -417,7 +417,7 @@ def _loaders(
     taxonomy_change = context.optional_input("taxonomy_change")
     since = _transitions_since(production, taxonomy_change) if taxonomy_change else {}
     moves = most_likely_moves(since.values())
-    # The student alone: the new one is not in a cascade yet, and what a cascade may lose is stated apart.
+    # As if its fast model were sure of nothing, as the new one is; what a cascade may lose is stated apart.
     return loaders | {PRODUCTION: lambda: _Moved(Predictor.load(production), moves)}, None
 
 

@@ -114,7 +114,7 @@ def other_compiled_student(compiled_student: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def cascading_student(compiled_student: Path, tmp_path: Path) -> Path:
     """The same model, whose fast model answers from a confidence on that separates the offers."""
-    return with_cascade(compiled_student, tmp_path / "cascading", fast_from=0.7, review_below=0.5)
+    return with_cascade(compiled_student, tmp_path / "cascading", fast_from=0.95, review_below=0.7)
 
 
 def with_cascade(compiled: Path, folder: Path, *, fast_from: float | None, review_below: float) -> Path:

@@ -74,6 +74,11 @@ def test_compiling_goes_on_with_the_buckets_that_are_missing(compiled_root, tmp_
 
 def test_the_traced_student_is_a_complete_artifact_and_says_how_it_was_made(traced_student):
     assert set(verify(traced_student, kinds=["compiled_student"]).files) == {
+        "cascade.json",
+        "fast/fast_model.json",
+        "fast/labels.json",
+        "fast/vocabulary.txt",
+        "fast/weights.safetensors",
         "labels.json",
         "model-16.pt",
         "model-32.pt",

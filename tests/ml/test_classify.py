@@ -16,7 +16,10 @@ from ml.serving.classify import OUTPUT_SCHEMA, classify, model_folder
 from ml.serving.predictor import Predictor
 from tests.ml.compiled_models import TITLES
 
-COLUMNS = ["offer_id", "category_id", "category_path", "confidence", "model_version", "taxonomy_version"]
+COLUMNS = [
+    *("offer_id", "category_id", "category_path", "confidence", "tier", "needs_review"),
+    *("model_version", "taxonomy_version"),
+]
 
 
 @pytest.fixture

@@ -15,10 +15,19 @@ from ml.errors import InputError
 from ml.learning.encoder import Classifier
 from ml.offers import offer_text
 from ml.serving import pool as pool_module
+from ml.serving.cascade import CascadeSettings
+from ml.serving.fast_model import FastModel
 from ml.serving.pool import PredictorPool, WorkerError
 from ml.serving.predictor import PREDICTION_SCHEMA, Predictor, prediction_table
-from tests.ml.compiled_models import PRODUCTS, TITLES, seal
+from tests.ml.compiled_models import PRODUCTS, TITLES, seal, with_cascade
 
+MIXED = [
+    {"offer_id": f"{number} {further}", "title": f"{title} {further}"}
+    for number, (title, other) in enumerate(itertools.pairwise([*PRODUCTS.values(), "Bosch kettle"]))
+    for further in ("new", f"or {other}", "")
+]
+"""Offers of which the fast model is more and less sure."""
+MIXED_TEXTS = [offer_text(offer) for offer in MIXED]
 OFFERS = [{"offer_id": str(number), "title": title} for number, title in enumerate(TITLES)]
 
 
@@ -101,6 +110,74 @@ def test_equal_texts_are_computed_once_within_a_call_and_across_calls(compiled_s
     again = predictor.predict(OFFERS[:4])
     assert first[:3] == first[3:] == again[:3]
     assert len(computed) == 4
+
+
+def test_the_fast_model_answers_what_it_is_sure_of_and_the_student_is_asked_the_rest(
+    cascading_student, monkeypatch
+):
+    predictor = Predictor.load(cascading_student)
+    asked = []
+    original = predictor.student.predict_probabilities
+    monkeypatch.setattr(
+        predictor.student, "predict_probabilities", lambda texts: asked.extend(texts) or original(texts)
+    )
+    predictions = predictor.predict([*MIXED, {"offer_id": "x"}])
+    fast = FastModel.load(cascading_student / "fast").predict_probabilities(MIXED_TEXTS)
+    sure = fast.max(axis=1) >= 0.95
+    assert 0 < sure.sum() < len(MIXED)
+    assert [p.tier for p in predictions] == [*("fast" if is_sure else "student" for is_sure in sure), None]
+    assert asked == [text for text, is_sure in zip(MIXED_TEXTS, sure, strict=True) if not is_sure]
+    for prediction, row in zip(predictions, fast, strict=False):
+        if prediction.tier == "fast":
+            assert prediction.confidence == pytest.approx(float(row.max()), abs=1e-6)
+            assert not prediction.needs_review
+    probabilities = predictor.predict_probabilities(MIXED_TEXTS)
+    assert probabilities[sure].max(axis=1) == pytest.approx(fast[sure].max(axis=1))
+
+
+def test_what_neither_is_sure_of_goes_up_and_to_review(compiled_student, tmp_path):
+    predictor = Predictor.load(
+        with_cascade(compiled_student, tmp_path / "strict", fast_from=None, review_below=0.999_999)
+    )
+    offers = [{"title": "something quite different"}, {"title": "kettle and toaster and tent"}]
+    for prediction in predictor.predict(offers):
+        assert (prediction.needs_review, prediction.tier) == (True, "student")
+        assert (prediction.category_id, prediction.category_path) == ("all", "Everything")
+        assert prediction.confidence == pytest.approx(1.0)
+        assert len(prediction.alternatives) == 3
+        assert prediction.alternatives[0].confidence < 0.999_999
+    table = prediction_table(predictor.predict(offers))
+    assert table["needs_review"].to_pylist() == [True, True]
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(order=st.permutations(range(36)), cuts=st.lists(st.integers(1, 35), max_size=6))
+def test_in_a_cascade_too_an_offer_has_one_answer_in_any_batch(cascading_model, order, cuts):
+    predictor, alone = cascading_model
+    for start, end in itertools.pairwise([0, *sorted(set(cuts)), 36]):
+        rows = order[start:end]
+        predictor._answers.clear()
+        found = predictor.predict([MIXED[row] for row in rows])
+        assert found == [alone[row] for row in rows]
+
+
+def test_the_country_decides_where_it_has_a_threshold_of_its_own(compiled_student, tmp_path):
+    folder = with_cascade(compiled_student, tmp_path / "countries", fast_from=None, review_below=0.5)
+    stored = CascadeSettings.read(folder)
+    certified = msgspec.structs.replace(stored.thresholds[""], confidence=0.5)
+    msgspec.structs.replace(stored, thresholds=stored.thresholds | {"DE": certified}).write(folder)
+    predictor = Predictor.load(seal(folder, "compiled_student"))
+    offers = [OFFERS[0] | {"country": country} for country in ("DE", "de", "FR", None)]
+    assert [p.tier for p in predictor.predict(offers)] == ["fast", "fast", "student", "student"]
+    with PredictorPool(folder, workers=1) as pool:
+        assert list(pool.predict([offers])) == [predictor.predict(offers)]
+
+
+@pytest.fixture(scope="module")
+def cascading_model(compiled_student, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cascade") / "model"
+    predictor = Predictor.load(with_cascade(compiled_student, folder, fast_from=0.95, review_below=0.7))
+    return predictor, [predictor.predict([offer])[0] for offer in MIXED]
 
 
 def test_the_memory_of_answers_is_bounded(compiled_student, monkeypatch):
