@@ -40,6 +40,13 @@ Parameters = Mapping[str, Mapping[str, Any]]
 STAGES = ("teacher_checkpoint", "teacher_labels", "fast_checkpoint", "student_checkpoint", "compiled_student")
 """In the order in which each needs those before it."""
 
+THOROUGH: Parameters = {
+    "teacher_checkpoint": {"epochs": 3, "max_tokens": 96, "learning_rate": 1.5e-4},
+    "student_checkpoint": {"epochs": 3},
+}
+"""How a benchmark trains: what the settings' defaults spare, so that a demo takes minutes, and README.md
+recommends for labelled offers that matter."""
+
 QUICK: Parameters = {
     "teacher_checkpoint": {"epochs": 1, "max_tokens": 16},
     "student_checkpoint": {"epochs": 1, "max_tokens": 16, "layers": 1},

@@ -2,6 +2,7 @@
 
     python -m benchmarks.quality gpc --offers FEED --taxonomy TAXONOMY.csv --split-by shop --work DIR
 
+Our stages train as ``benchmarks.our_models.THOROUGH`` says, unless --set says otherwise.
 Reads labelled offers (all rows, whatever columns they have), holds out a share of the shops (or products,
 or offers; or takes an official test part as --held-out FILE), runs this project's stages and trains the
 peers on the rest, and has all answer the held-out offers: weighted F1 at every level, their mean, macro-F1
@@ -39,7 +40,7 @@ from benchmarks.labelled_offers import (
     without_languages,
 )
 from benchmarks.one_model import Outcome, Task
-from benchmarks.our_models import MODELS, QUICK, STAGES, OurModel, Workshop
+from benchmarks.our_models import MODELS, QUICK, STAGES, THOROUGH, OurModel, Workshop
 from benchmarks.peers import Peer
 from benchmarks.plots import quality_over_throughput
 from ml.artifacts import MANIFEST, artifact_key, read_manifest, write_manifest
@@ -693,7 +694,7 @@ def _is_wanted(name: str, options: argparse.Namespace) -> bool:
 
 def _changes(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     changes: dict[str, dict[str, Any]] = {
-        stage: dict(values) for stage, values in (QUICK if options.quick else {}).items()
+        stage: dict(values) for stage, values in (QUICK if options.quick else THOROUGH).items()
     }
     for given in options.set:
         place, equals, value = given.partition("=")
