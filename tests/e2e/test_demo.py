@@ -99,11 +99,13 @@ def test_every_clean_offer_of_the_newest_day_is_in_the_catalogue(demo: Demo) -> 
     left = pq.read_table(offers / "offers.parquet", columns=["offer_id"])["offer_id"]
     table = pq.read_table(catalogued / "catalogued.parquet")
     assert table["offer_id"].to_pylist() == left.to_pylist()
-    assert table.column_names[:6] == [
+    assert table.column_names[:8] == [
         "offer_id",
         "category_id",
         "category_path",
         "confidence",
+        "tier",
+        "needs_review",
         "model_version",
         "taxonomy_version",
     ]
