@@ -26,7 +26,8 @@ class NotInTheImage:
 
     def find_spec(self, name, path=None, target=None):
         top = name.partition(".")[0]
-        if top not in self.allowed and top not in sys.stdlib_module_names:
+        is_python = top in sys.stdlib_module_names or top.startswith("_sysconfigdata")
+        if top not in self.allowed and not is_python:
             raise ModuleNotFoundError(f"No module named {name!r} (not in the image)", name=name)
 
 sys.meta_path.insert(0, NotInTheImage())
