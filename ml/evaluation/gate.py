@@ -175,7 +175,7 @@ def compiled_matches_uncompiled(metrics: Mapping[str, Any], limits: GateLimits) 
     (Wilson 1927) is under the limit.
     """
     same, offers = _number(metrics, "same_category"), _number(metrics, "offers")
-    upper = _wilson_upper(same, offers)
+    upper = wilson_upper(same, offers)
     loss = _number(metrics, "weighted_f1_original") - _number(metrics, "weighted_f1_compiled")
     return Proposition(
         name="compiled_matches_uncompiled",
@@ -243,8 +243,8 @@ def _comparisons(metrics: Mapping[str, Any]) -> list[Comparison]:
         raise InputError(f"metric comparisons cannot be read: {error}; make the artifact anew") from None
 
 
-def _wilson_upper(share: float, trials: float, z: float = 1.96) -> float:
-    """Upper end of Wilson's score interval for a share that was seen in so many trials."""
+def wilson_upper(share: float, trials: float, z: float = 1.96) -> float:
+    """Upper end of Wilson's score interval (1927) for a share that was seen in so many trials."""
     if trials < 1:
         return math.nan
     centre = share + z * z / (2 * trials)

@@ -22,7 +22,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ml.errors import InputError
-from ml.evaluation.gate import GateLimits
+from ml.evaluation.gate import GateLimits, wilson_upper
 from ml.evaluation.metrics import scores
 from ml.learning.encoder import Classifier
 from ml.progress import Progress
@@ -77,6 +77,8 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
 
     backend: str
     summary: str
+    offers: int = 0
+    """Size of the sample."""
     same_category: float = 0.0
     """Share of the sample that it gives the original's category."""
     f1_loss: float = 0.0
@@ -93,10 +95,10 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     problem: str = ""
 
     def keeps(self, limits: GateLimits) -> bool:
-        """Whether it was measured, and keeps the limits of the gate."""
+        """Whether it was measured and keeps the limits, as the gate reads them: few offers say little."""
         return (
             not self.problem
-            and self.same_category >= limits.min_same_category_compiled
+            and wilson_upper(self.same_category, self.offers) >= limits.min_same_category_compiled
             and self.f1_loss <= limits.max_f1_loss_compiled
         )
 
@@ -266,7 +268,11 @@ def _compared(
     before, after = original.argmax(axis=1), logits.argmax(axis=1)
     loss = scores(truth, labels[before]).weighted_f1 - scores(truth, labels[after]).weighted_f1
     return msgspec.structs.replace(
-        candidate, same_category=float(np.mean(before == after)), f1_loss=float(loss), same_bits=same_bits
+        candidate,
+        offers=len(rows),
+        same_category=float(np.mean(before == after)),
+        f1_loss=float(loss),
+        same_bits=same_bits,
     )
 
 

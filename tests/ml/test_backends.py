@@ -4,6 +4,7 @@ import pyarrow as pa
 import pytest
 
 from ml.errors import InputError
+from ml.evaluation.gate import GateLimits
 from ml.learning.encoder import Classifier
 from ml.progress import Progress
 from ml.serving import backends
@@ -28,10 +29,26 @@ needs_openvino = pytest.mark.skipif(
 )
 
 
-def candidate(name: str, speed: float, same: float = 1.0, loss: float = 0.0, **others: object) -> Candidate:
+def candidate(
+    name: str, speed: float, same: float = 1.0, loss: float = 0.0, offers: int = 1_000_000, **others: object
+) -> Candidate:
     return Candidate(
-        backend=name, summary="", same_category=same, f1_loss=loss, offers_per_second=speed, **others
+        backend=name,
+        summary="",
+        offers=offers,
+        same_category=same,
+        f1_loss=loss,
+        offers_per_second=speed,
+        **others,
     )
+
+
+def test_of_few_offers_a_candidate_is_refused_only_if_chance_does_not_explain_it():
+    limits = GateLimits()
+    assert candidate("a", 1.0, same=0.994, offers=500).keeps(limits)
+    assert not candidate("a", 1.0, same=0.994, offers=100_000).keeps(limits)
+    assert not candidate("a", 1.0, same=0.9, offers=500).keeps(limits)
+    assert not candidate("a", 1.0, offers=0).keeps(limits)
 
 
 @pytest.fixture(scope="module")
