@@ -21,7 +21,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.processes import NotHereError, Offers, in_processes
+from benchmarks.processes import NotHereError, Offers, in_processes, shared_out
 from ml.artifacts import MANIFEST, artifact_key, read_manifest, write_manifest
 from ml.offers import CLEAN_SCHEMA, offer_text, offer_texts
 from ml.progress import Progress
@@ -308,7 +308,11 @@ def _cascade(folder: Path, cores: int) -> Iterator[Answerer]:
     with PredictorPool(folder, cores) as pool:
 
         def predict(offers: Offers) -> list[Any]:
-            return [prediction for batch in pool.predict(_batches(offers)) for prediction in batch]
+            return [
+                prediction
+                for batch in pool.predict(shared_out(offers, cores, _BATCH_OFFERS))
+                for prediction in batch
+            ]
 
         yield _OfOffers(predict)
 
@@ -342,7 +346,7 @@ def _endpoint(folder: Path, cores: int) -> Iterator[Answerer]:
                     predictions = msgspec.json.decode(answer.content)["predictions"]
                     return [prediction["category_id"] for prediction in predictions]
 
-                yield _Asked(lambda offers: threads.map(ask, _batches(offers)))
+                yield _Asked(lambda offers: threads.map(ask, shared_out(offers, cores, _BATCH_OFFERS)))
         finally:
             process.terminate()
             process.wait()
@@ -356,10 +360,6 @@ class _Asked:
 
     def answer(self, offers: Offers) -> list[str]:
         return [category for batch in self._ask(offers) for category in batch]
-
-
-def _batches(offers: Offers) -> list[Offers]:
-    return [offers[start : start + _BATCH_OFFERS] for start in range(0, len(offers), _BATCH_OFFERS)]
 
 
 @contextmanager

@@ -169,8 +169,8 @@ def _fasttext(lesson: Lesson, folder: Path) -> None:
     )
     model = fasttext.train_supervised(
         str(path),
-        epoch=2 if lesson.quick else 25,
-        lr=0.5,
+        epoch=2 if lesson.quick else 50,
+        lr=1.0,
         wordNgrams=2,
         minn=3,
         maxn=5,

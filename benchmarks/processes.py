@@ -12,6 +12,9 @@ from typing import Any
 from ml.cores import available_cores
 
 _CHUNK_OFFERS = 512
+_CHUNKS_PER_PROCESS = 4
+"""At least, so that few offers keep all processes busy as well."""
+
 _THREAD_SETTINGS = (
     "OMP_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",
@@ -77,12 +80,18 @@ def _peak_of(process: int) -> int:
 class _Pool:
     """Processes that each have the model, and answer chunks."""
 
-    def __init__(self, pool: Any) -> None:
-        self._pool = pool
+    def __init__(self, pool: Any, processes: int) -> None:
+        self._pool, self._processes = pool, processes
 
     def answer(self, offers: Offers) -> list[str]:
-        chunks = [offers[start : start + _CHUNK_OFFERS] for start in range(0, len(offers), _CHUNK_OFFERS)]
+        chunks = shared_out(offers, self._processes, _CHUNK_OFFERS)
         return [category for answers in self._pool.imap(_answer, chunks) for category in answers]
+
+
+def shared_out(offers: Offers, processes: int, largest: int) -> list[Offers]:
+    """The offers in pieces of at most ``largest``, a few for each process."""
+    size = max(1, min(largest, -(-len(offers) // (_CHUNKS_PER_PROCESS * processes))))
+    return [offers[start : start + size] for start in range(0, len(offers), size)]
 
 
 @contextmanager
@@ -94,7 +103,7 @@ def in_processes(load: Callable[[Path], Any], folder: Path, cores: int) -> Itera
     os.environ |= dict.fromkeys(_THREAD_SETTINGS, "1")  # of the children, which are started anew
     context = multiprocessing.get_context("spawn")
     with context.Pool(cores, initializer=_load, initargs=(load, folder)) as pool:
-        yield _Pool(pool)
+        yield _Pool(pool, cores)
 
 
 _loaded: list[Any] = []
