@@ -261,28 +261,6 @@ def load_compiled_student(folder: Path) -> Answerer:
     return _OfTexts(CompiledModel.open(folder))
 
 
-def _deep(folder: Path, cores: int) -> AbstractContextManager[Answerer]:
-    return in_processes(load_deep, folder, cores)
-
-
-def load_deep(folder: Path) -> Answerer:
-    """The compiled student with the fast model's word, about every offer, in this process."""
-    from ml.serving.predictor import Predictor
-
-    return _Deep(Predictor.load(folder))
-
-
-class _Deep:
-    def __init__(self, predictor: Any) -> None:
-        self._predictor = predictor
-
-    def answer(self, offers: Offers) -> list[str]:
-        texts = [offer_text(offer) for offer in offers]
-        countries = [offer.get("country") or "" for offer in offers]
-        best = self._predictor.deep_probabilities(texts, countries).argmax(axis=1).tolist()
-        return [self._predictor.labels[place] for place in best]
-
-
 def _served_student(folder: Path, cores: int) -> AbstractContextManager[Answerer]:
     return in_processes(load_served_student, folder, cores)
 
@@ -422,8 +400,7 @@ MODELS = (
     OurModel("teacher", "teacher, torch fp32", "teacher_checkpoint", _teacher),
     OurModel("student", "student, torch fp32", "student_checkpoint", _student),
     OurModel("compiled", "student alone, compiled", COMPILED, _compiled_student),
-    OurModel("served", "student with the fast model's word, compiled", COMPILED, _served_student),
-    OurModel("deep", "student as served", COMPILED, _deep),
+    OurModel("served", "student as served", COMPILED, _served_student),
     OurModel("fast", "fast model", "fast_checkpoint", _fast_model),
     OurModel("cascade", "cascade", COMPILED, _cascade),
 )

@@ -113,7 +113,7 @@ class _Averaged:
         return self._models[0]._head.categories(sum(model.margins(offers) for model in self._models))
 
 
-def _vectorisers(vocabulary: Sequence[list[str]] = (None, None)) -> tuple[Any, Any]:  # type: ignore[assignment]
+def _vectorisers(vocabulary: Sequence[list[str] | None] = (None, None)) -> tuple[Any, Any]:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     return (

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -270,13 +270,13 @@ def _row(
     packages = _packages(bench.options, model)
     cores = available_cores()
 
-    def of(kind: str, number: int) -> Outcome:
+    def of(kind: Literal["answer", "measure"], number: int) -> Outcome:
         measures = 0.5 if bench.options.quick else _MEASURED_SECONDS
         name = (
             f"{model.name}-{read_manifest(folder).digest[:12]}-{evaluation.name}-{kind}-{number}-{measures:g}"
         )
         task = Task(
-            kind=kind,  # type: ignore[arg-type]
+            kind=kind,
             model=model.name,
             folder=str(folder),
             result=str(bench.work / "outcomes" / f"{name}.json"),

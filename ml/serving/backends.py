@@ -291,16 +291,17 @@ def _timed(
                 best[name, batched] = min(best.get((name, batched), seconds), seconds)
     timed = []
     for candidate in candidates:
-        if candidate.backend in graphs:
-            alone, together = (len(few) / best[candidate.backend, batched] for batched in (False, True))
-            batched = candidate.same_bits and together > alone
-            candidate = msgspec.structs.replace(  # noqa: PLW2901
-                candidate,
-                batched=batched,
-                one_by_one=round(alone, 1),
-                offers_per_second=round(together if batched else alone, 1),
-            )
-        timed.append(candidate)
+        if candidate.backend not in graphs:
+            timed.append(candidate)
+            continue
+        alone, together = (len(few) / best[candidate.backend, batched] for batched in (False, True))
+        batched = candidate.same_bits and together > alone
+        figures = {
+            "batched": batched,
+            "one_by_one": round(alone, 1),
+            "offers_per_second": round(together if batched else alone, 1),
+        }
+        timed.append(msgspec.structs.replace(candidate, **figures))
     return timed
 
 
