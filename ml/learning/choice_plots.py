@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from ml.drawing import INK, figure_of, png, tidy
 
-_INK, _GRID = "#334155", "#e2e8f0"
+if TYPE_CHECKING:
+    pass
+
 _CHOSEN, _OTHER, _REFUSED = "#059669", "#64748b", "#ea580c"
 _LINE = "#2563eb"
-_INCHES_WIDE = 7.0
-_DOTS_PER_INCH = 130
 _LEAST_AREA, _LARGEST_AREA = 30.0, 400.0
 _PANELS_PER_ROW = 3
 _MOST_TICKS = 6
@@ -29,7 +26,7 @@ def comparison_plot(rows: Sequence[Mapping[str, Any]]) -> bytes:
         rows: ``name``, ``mean_weighted_f1``, ``texts_per_second``, ``size_bytes``, ``on_front`` and
             ``reason`` of each; those with a reason have no figures and are left out.
     """
-    figure = _figure(4.2)
+    figure = figure_of(4.2)
     axes = figure.subplots()
     measured = [row for row in rows if not row["reason"]]
     largest = max((row["size_bytes"] for row in measured), default=1)
@@ -53,17 +50,17 @@ def comparison_plot(rows: Sequence[Mapping[str, Any]]) -> bytes:
             xytext=(0, 9),
             ha="center",
             fontsize=7,
-            color=_INK,
+            color=INK,
         )
     axes.margins(0.18)
     axes.set(
         xlabel="texts/s on one thread, full precision (area of a dot: size on disk)",
         ylabel="mean weighted F1 on validation offers",
     )
-    axes.set_title("Encoders: quality and throughput", fontsize=10, color=_INK)
-    _tidy(axes)
+    axes.set_title("Encoders: quality and throughput", fontsize=10, color=INK)
+    tidy(axes)
     axes.legend(fontsize=7, edgecolor="none")
-    return _png(figure)
+    return png(figure)
 
 
 def history_plot(trials: Sequence[Mapping[str, Any]]) -> bytes:
@@ -73,7 +70,7 @@ def history_plot(trials: Sequence[Mapping[str, Any]]) -> bytes:
         trials: ``number``, ``state`` and ``mean_weighted_f1`` (None where a trial was not finished) and
             ``last_weighted_f1`` (the newest figure of one that was given up early, or None) of each.
     """
-    figure = _figure(3.6)
+    figure = figure_of(3.6)
     axes = figure.subplots()
     finished = [trial for trial in trials if trial["mean_weighted_f1"] is not None]
     pruned = [t for t in trials if t["state"] == "pruned" and t["last_weighted_f1"] is not None]
@@ -106,10 +103,10 @@ def history_plot(trials: Sequence[Mapping[str, Any]]) -> bytes:
     )
     axes.locator_params(axis="x", integer=True)
     axes.set(xlabel="trial", ylabel="mean weighted F1 on validation offers")
-    axes.set_title("How the search went", fontsize=10, color=_INK)
-    _tidy(axes)
+    axes.set_title("How the search went", fontsize=10, color=INK)
+    tidy(axes)
     axes.legend(fontsize=7, edgecolor="none")
-    return _png(figure)
+    return png(figure)
 
 
 def slice_plot(
@@ -124,7 +121,7 @@ def slice_plot(
     """
     across = min(_PANELS_PER_ROW, len(parameters))
     down = math.ceil(len(parameters) / across)
-    figure = _figure(0.5 + 2.3 * down)
+    figure = figure_of(0.5 + 2.3 * down)
     panels = figure.subplots(down, across, squeeze=False, sharey=True).ravel()
     finished = [trial for trial in trials if trial["mean_weighted_f1"] is not None]
     for axes, (name, is_logarithmic) in zip(panels, parameters.items(), strict=False):
@@ -145,46 +142,21 @@ def slice_plot(
             axes.set_xticks(values, [f"{value:,}" for value in values])
             axes.minorticks_off()
         axes.set_xlabel(name)
-        _tidy(axes)
+        tidy(axes)
     for axes in panels[len(parameters) :]:
         axes.set_visible(False)
-    figure.suptitle("Mean weighted F1 over each parameter (green: the best trial)", fontsize=10, color=_INK)
-    return _png(figure)
+    figure.suptitle("Mean weighted F1 over each parameter (green: the best trial)", fontsize=10, color=INK)
+    return png(figure)
 
 
 def importance_plot(importances: Mapping[str, float]) -> bytes:
     """How much of the differences between trials each parameter explains."""
-    figure = _figure(0.9 + 0.32 * len(importances))
+    figure = figure_of(0.9 + 0.32 * len(importances))
     axes = figure.subplots()
     ordered = sorted(importances.items(), key=lambda item: item[1])
     bars = axes.barh([name for name, _ in ordered], [share for _, share in ordered], color=_LINE)
-    axes.bar_label(bars, fmt="{:.2f}", fontsize=7, color=_INK, padding=2)
+    axes.bar_label(bars, fmt="{:.2f}", fontsize=7, color=INK, padding=2)
     axes.set(xlabel="share of the differences in quality", xlim=(0, 1.08))
-    axes.set_title("Which parameters mattered", fontsize=10, color=_INK)
-    _tidy(axes)
-    return _png(figure)
-
-
-def _figure(height: float) -> Figure:
-    """Uses no global state, so that threads may draw at once."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(_INCHES_WIDE, height), dpi=_DOTS_PER_INCH, layout="constrained")
-
-
-def _tidy(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=_INK, labelsize=7)
-    axes.xaxis.label.set_fontsize(8)
-    axes.yaxis.label.set_fontsize(8)
-
-
-def _png(figure: Figure) -> bytes:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    content = io.BytesIO()
-    # No version or date in the file: the same figures give the same bytes.
-    FigureCanvasAgg(figure).print_png(content, metadata={"Software": None})
-    return content.getvalue()
+    axes.set_title("Which parameters mattered", fontsize=10, color=INK)
+    tidy(axes)
+    return png(figure)

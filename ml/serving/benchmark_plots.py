@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ml.drawing import INK, figure_of, png, tidy
 from ml.serving.instances import MEASURED, InstanceRow
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    pass
 
-_INK, _GRID = "#334155", "#e2e8f0"
 _MEETS, _FAILS = "#059669", "#ea580c"
 _COLOURS = ("#2563eb", "#ea580c", "#059669", "#7c3aed", "#64748b")
-_INCHES_WIDE, _INCHES_PER_ROW = 7.0, 0.24
-_DOTS_PER_INCH = 130
+_INCHES_PER_ROW = 0.24
 _MOST_ROWS = 30
 
 
@@ -26,7 +23,7 @@ def costs(rows: Sequence[InstanceRow]) -> bytes:
     Empty bars and dots are projected.
     """
     priced = [row for row in rows if row.usd_per_hour_for_peak is not None][:_MOST_ROWS]
-    figure = _figure(1.6 + _INCHES_PER_ROW * max(len(priced), 8))
+    figure = figure_of(1.6 + _INCHES_PER_ROW * max(len(priced), 8))
     bars, dots = figure.subplots(1, 2)
     bars.barh(
         range(len(priced)),
@@ -51,17 +48,17 @@ def costs(rows: Sequence[InstanceRow]) -> bytes:
             xytext=(3, 3),
             rotation=45,
             fontsize=6,
-            color=_INK,
+            color=INK,
         )
     if priced:
         dots.set_xscale("log")
     dots.set(xlabel="offers/s of an instance, in bulk", ylabel="$ per million offers", ylim=(0, None))
     for axes in (bars, dots):
-        _tidy(axes)
+        tidy(axes)
     figure.suptitle(
-        "What serving costs: full measured, empty projected; green meets the limits", color=_INK, fontsize=10
+        "What serving costs: full measured, empty projected; green meets the limits", color=INK, fontsize=10
     )
-    return _png(figure)
+    return png(figure)
 
 
 def latencies(rows: Sequence[Mapping[str, Any]], limit: float) -> bytes:
@@ -71,7 +68,7 @@ def latencies(rows: Sequence[Mapping[str, Any]], limit: float) -> bytes:
         rows: Of :func:`ml.serving.benchmark.latency_rows`.
         limit: Of p99, in milliseconds.
     """
-    figure = _figure(4.2)
+    figure = figure_of(4.2)
     axes = figure.subplots()
     for number, host in enumerate(dict.fromkeys((row["host"], row["target"]) for row in rows)):
         colour = _COLOURS[number % len(_COLOURS)]
@@ -99,10 +96,10 @@ def latencies(rows: Sequence[Mapping[str, Any]], limit: float) -> bytes:
     axes.set(
         xlabel="offers of a request (crosses: at the stated load)", ylabel="ms", xscale="log", yscale="log"
     )
-    axes.set_title("Latency over HTTP", fontsize=10, color=_INK)
-    _tidy(axes)
+    axes.set_title("Latency over HTTP", fontsize=10, color=INK)
+    tidy(axes)
     axes.legend(fontsize=6, edgecolor="none")
-    return _png(figure)
+    return png(figure)
 
 
 def _colour(row: InstanceRow) -> str:
@@ -111,28 +108,3 @@ def _colour(row: InstanceRow) -> str:
 
 def _filling(row: InstanceRow) -> str:
     return _colour(row) if row.basis == MEASURED else "white"
-
-
-def _figure(height: float) -> Figure:
-    """Uses no global state, so that threads may draw at once."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(_INCHES_WIDE, height), dpi=_DOTS_PER_INCH, layout="constrained")
-
-
-def _tidy(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=_INK, labelsize=7)
-    axes.xaxis.label.set_fontsize(8)
-    axes.yaxis.label.set_fontsize(8)
-
-
-def _png(figure: Figure) -> bytes:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    content = io.BytesIO()
-    # No version or date in the file: the same figures give the same bytes.
-    FigureCanvasAgg(figure).print_png(content, metadata={"Software": None})
-    return content.getvalue()
