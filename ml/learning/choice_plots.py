@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ml.drawing import INK, figure_of, png, tidy
-
-if TYPE_CHECKING:
-    pass
 
 _CHOSEN, _OTHER, _REFUSED = "#059669", "#64748b", "#ea580c"
 _LINE = "#2563eb"

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ml.drawing import INK, figure_of, png, tidy
 from ml.serving.instances import MEASURED, InstanceRow
-
-if TYPE_CHECKING:
-    pass
 
 _MEETS, _FAILS = "#059669", "#ea580c"
 _COLOURS = ("#2563eb", "#ea580c", "#059669", "#7c3aed", "#64748b")
