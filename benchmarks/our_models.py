@@ -41,8 +41,8 @@ STAGES = ("teacher_checkpoint", "teacher_labels", "fast_checkpoint", "student_ch
 """In the order in which each needs those before it."""
 
 THOROUGH: Parameters = {
-    "teacher_checkpoint": {"epochs": 3, "max_tokens": 96, "learning_rate": 1.5e-4},
-    "student_checkpoint": {"epochs": 3},
+    "teacher_checkpoint": {"epochs": 4, "max_tokens": 96, "learning_rate": 1.5e-4},
+    "student_checkpoint": {"epochs": 5},
 }
 """How a benchmark trains: what the settings' defaults spare, so that a demo takes minutes, and README.md
 recommends for labelled offers that matter."""

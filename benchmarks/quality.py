@@ -10,7 +10,8 @@ at the leaf, F1 by the number of training rows of a category, training time, siz
 one thread and with all cores, peak memory. What is finished lies in --work: a killed run goes on where it
 was, and ``benchmarks.throughput --models DIR`` takes the models from there.
 
-``--ablations`` measures instead what each ingredient of teacher and student gains.
+``--ablations`` measures instead what each ingredient of teacher and student gains, and how quality falls as
+the student gets faster.
 """
 
 from __future__ import annotations
@@ -97,14 +98,22 @@ ABLATIONS: tuple[Ablation, ...] = (
     _teacher("without category names as texts", category_names=False),
     _teacher("without logit adjustment", logit_adjustment=0.0),
     _teacher("without the linear model", ensemble=False),
+    _teacher("without hidden tokens", token_dropout=0.0),
     _teacher("with an epoch of further pretraining", pretraining_epochs=1),
     _teacher("with adapters of rank 16 only", lora_rank=16),
     _student("without distillation", distillation_weight=0.0, label_weight=1.0),
     _student("without labels beside the teacher", label_weight=0.0),
+    _student("without hidden tokens", token_dropout=0.0),
     _student("with the whole vocabulary", trim_vocabulary=False),
-    *(_student(f"of {layers} layers", layers=layers) for layers in (1, 2, 3, 6)),
+    *(
+        _student(f"of {layers} layers, {tokens} tokens", layers=layers, max_tokens=tokens)
+        for layers, tokens in ((1, 16), (1, 32), (2, 16), (3, 32), (3, 48), (6, 96))
+    ),
 )
 """What is tried. A new ingredient of a stage is one more entry that switches it off."""
+
+_ABLATED = {"teacher_checkpoint": ("teacher",), "student_checkpoint": ("student", "served", "cascade")}
+"""By the stage that a variant changes: the models that show what it does."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +144,8 @@ class Bench:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and report."""
     options = _parser().parse_args(arguments)
+    if options.ablations == []:
+        options.ablations = ["teacher", "student"]
     try:
         figures = run(options)
     except InputError as error:
@@ -267,42 +278,50 @@ def _row(
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
     offers = evaluation / "offers.parquet"
-    packages = _packages(bench.options, model)
-    cores = available_cores()
-
-    def of(kind: Literal["answer", "measure"], number: int) -> Outcome:
-        measures = 0.5 if bench.options.quick else _MEASURED_SECONDS
-        name = (
-            f"{model.name}-{read_manifest(folder).digest[:12]}-{evaluation.name}-{kind}-{number}-{measures:g}"
-        )
-        task = Task(
-            kind=kind,
-            model=model.name,
-            folder=str(folder),
-            result=str(bench.work / "outcomes" / f"{name}.json"),
-            offers=str(offers),
-            cores=number,
-            seconds=measures,
-        )
-        return _once(task, packages)
-
-    answered = of("answer", cores)
+    answered = _outcome(bench, model, folder, evaluation, "answer", available_cores())
     if answered.not_run:
         return {"not_run": answered.not_run}
     manifest = read_manifest(folder)
-    row = {
+    return {
         **scored(bench.tree, pq.read_table(offers, columns=["category_id"]), answered.answers, counts),
         "training_seconds": sum(seconds[stage] for stage in _stages_behind(model))
         if isinstance(model, OurModel)
         else manifest.seconds,
         "size_bytes": size_of(folder),
+        **({} if trial.name else _speeds(bench, model, folder, evaluation)),
     }
-    if trial.name:
-        return row
-    one, all_cores = of("measure", 1), of("measure", cores)
-    for name, outcome in (("one_thread", one), ("all_cores", all_cores)):
-        row[name] = msgspec.to_builtins(outcome.speed) if outcome.speed else {"not_run": outcome.not_run}
-    return row
+
+
+def _speeds(bench: Bench, model: OurModel | Peer, folder: Path, evaluation: Path) -> dict[str, Any]:
+    """Offers a second with one thread and with all cores."""
+    found = {}
+    for name, number in (("one_thread", 1), ("all_cores", available_cores())):
+        outcome = _outcome(bench, model, folder, evaluation, "measure", number)
+        found[name] = msgspec.to_builtins(outcome.speed) if outcome.speed else {"not_run": outcome.not_run}
+    return found
+
+
+def _outcome(
+    bench: Bench,
+    model: OurModel | Peer,
+    folder: Path,
+    evaluation: Path,
+    kind: Literal["answer", "measure"],
+    cores: int,
+) -> Outcome:
+    """What comes of one task, in a process of its own."""
+    measures = 0.5 if bench.options.quick else _MEASURED_SECONDS
+    name = f"{model.name}-{read_manifest(folder).digest[:12]}-{evaluation.name}-{kind}-{cores}-{measures:g}"
+    task = Task(
+        kind=kind,
+        model=model.name,
+        folder=str(folder),
+        result=str(bench.work / "outcomes" / f"{name}.json"),
+        offers=str(evaluation / "offers.parquet"),
+        cores=cores,
+        seconds=measures,
+    )
+    return _once(task, _packages(bench.options, model))
 
 
 def _stages_behind(model: OurModel) -> Sequence[str]:
@@ -359,29 +378,26 @@ def _ablated(bench: Bench, trial: Trial) -> dict[str, Any]:
         Ablation("teacher", "teacher_checkpoint", {}),
         Ablation("student", "student_checkpoint", {}),
     ]
+    wanted = [
+        ablation
+        for ablation in (*as_they_are, *ABLATIONS)
+        if ablation.stage.removesuffix("_checkpoint") in bench.options.ablations
+    ]
     rows: list[dict[str, Any]] = []
     base: dict[str, float] = {}
-    for ablation in (*as_they_are, *ABLATIONS):
-        started_at = time.perf_counter()
-        _progress.say(ablation.name)
+    for number, ablation in enumerate(wanted, 1):
+        _progress.say(f"{ablation.name} ({number} of {len(wanted)})")
         try:
-            found = _variant(bench, ablation, inputs, evaluation, counts)
+            found = _variant(bench, trial, ablation, inputs, evaluation, counts)
         except InputError as error:
             rows.append({"model": ablation.name, "not_run": str(error)})
             continue
-        if "mean" in found and ablation in as_they_are:
-            base[ablation.name] = found["mean"]
-        compared_with = "teacher" if ablation.name.startswith("teacher") else "student"
-        rows.append(
-            {
-                "model": ablation.name,
-                **found,
-                "mean_minus_default": found["mean"] - base[compared_with]
-                if "mean" in found and compared_with in base
-                else None,
-                "run_seconds": round(time.perf_counter() - started_at, 1),
-            }
-        )
+        for model, row in found.items():
+            if "mean" in row and ablation in as_they_are:
+                base[model] = row["mean"]
+            of = "" if model == ablation.stage.removesuffix("_checkpoint") else f": {model}"
+            compared = {"mean_minus_default": row["mean"] - base[model]} if "mean" in row else {}
+            rows.append({"model": f"{ablation.name}{of}", **row, **compared})
     return {
         "training_offers": trial.train.num_rows,
         "held_out_offers": trial.test.num_rows,
@@ -390,37 +406,25 @@ def _ablated(bench: Bench, trial: Trial) -> dict[str, Any]:
 
 
 def _variant(
-    bench: Bench, ablation: Ablation, inputs: Mapping[str, Path], evaluation: Path, counts: Mapping[str, int]
-) -> dict[str, Any]:
+    bench: Bench,
+    trial: Trial,
+    ablation: Ablation,
+    inputs: Mapping[str, Path],
+    evaluation: Path,
+    counts: Mapping[str, int],
+) -> dict[str, dict[str, Any]]:
+    """The row of each model that shows what a variant does."""
     changes: dict[str, dict[str, Any]] = {
         stage: dict(values) for stage, values in bench.workshop.changes.items()
     }
     for stage, values in ablation.changes.items():
         changes[stage] = {**changes.get(stage, {}), **values}
-    *_, (_, folder) = Workshop(bench.work, changes).train(inputs, ablation.stage)
-    model = next(model for model in MODELS if model.stage == ablation.stage)
-    digest = read_manifest(folder).digest[:12]
-    offers = evaluation / "offers.parquet"
-    task = Task(
-        kind="answer",
-        model=model.name,
-        folder=str(folder),
-        result=str(
-            bench.work
-            / "outcomes"
-            / f"{model.name}-{digest}-{evaluation.name}-answer-{available_cores()}.json"
-        ),
-        offers=str(offers),
-        cores=available_cores(),
-    )
-    outcome = _once(task, None)
-    if outcome.not_run:
-        return {"not_run": outcome.not_run}
-    truth = pq.read_table(offers, columns=["category_id"])
+    models = [_OURS_BY_NAME[name] for name in _ABLATED[ablation.stage]]
+    folders = dict(Workshop(bench.work, changes).train(inputs, models[-1].stage))
+    seconds = {stage: read_manifest(folder).seconds for stage, folder in folders.items()}
     return {
-        **scored(bench.tree, truth, outcome.answers, counts),
-        "training_seconds": read_manifest(folder).seconds,
-        "size_bytes": size_of(folder),
+        model.name: _row(bench, trial, model, folders[model.stage], evaluation, counts, seconds)
+        for model in models
     }
 
 
@@ -583,7 +587,7 @@ class _Plan:
         return doing()
 
 
-_OURS_BY_NAME = {model.name for model in MODELS}
+_OURS_BY_NAME = {model.name: model for model in MODELS}
 
 
 def our_seconds(rows: int, options: argparse.Namespace) -> float:
@@ -682,7 +686,12 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="folder made by pip install --no-deps --target FOLDER -r benchmarks/onnx_packages.txt",
     )
-    parser.add_argument("--ablations", action="store_true", help="variants of teacher and student instead")
+    parser.add_argument(
+        "--ablations",
+        nargs="*",
+        choices=("teacher", "student"),
+        help="variants of these instead; none: of both",
+    )
     parser.add_argument("--quick", action="store_true", help="few offers and steps: does everything run?")
     return parser
 

@@ -29,6 +29,21 @@ AUTO_WITH_EXTRAS = "auto-with-extras"
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 Count = Annotated[int, Meta(ge=1)]
 Seed = Annotated[int, Meta(ge=0, description="Seed of every random choice of this stage.")]
+Precision = Literal["auto", "bfloat16", "float32"]
+
+TrainingPrecision = Annotated[
+    Precision,
+    Meta(
+        description="What products are computed in: 'bfloat16', 'float32', or 'auto': bfloat16 where the "
+        "device multiplies it fast. Weights are float32."
+    ),
+]
+
+TokenDropout = Annotated[
+    float,
+    Meta(ge=0, lt=1, description="Share of a text's tokens that a training step hides, others every time."),
+]
+
 Devices = Annotated[
     int,
     Meta(
@@ -231,6 +246,8 @@ class TeacherParameters(EncoderChoice, frozen=True, kw_only=True):
     ensemble: Annotated[
         bool, Meta(description="Whether a linear model answers together with the encoder.")
     ] = True
+    token_dropout: TokenDropout = 0.1
+    precision: TrainingPrecision = "auto"
     checkpoint_seconds: Annotated[
         float, Meta(gt=0, description="Time between two checkpoints.", extra=OPERATIONAL)
     ] = 20.0
@@ -246,6 +263,7 @@ class TeacherLabelsParameters(Parameters, frozen=True, kw_only=True):
     shard_offers: Annotated[Count, Meta(description="Offers per shard; finished shards survive a kill.")] = (
         2_000
     )
+    precision: TrainingPrecision = "auto"
     devices: Devices = 0
 
 
@@ -259,10 +277,10 @@ class StudentParameters(Parameters, frozen=True, kw_only=True):
     encoder_digest: Annotated[
         str, Meta(description="SHA-256 of the encoder's weights; empty: not checked.")
     ] = ""
-    layers: Annotated[Count, Meta(description="Encoder layers kept, spread evenly over the original's.")] = 3
+    layers: Annotated[Count, Meta(description="Encoder layers kept, spread evenly over the original's.")] = 2
     max_tokens: Annotated[
         int, Meta(ge=8, le=512, description="Longer texts are cut to this many tokens.")
-    ] = 48
+    ] = 32
     epochs: Annotated[Count, Meta(description="Passes over labelled and unlabelled offers.")] = 2
     batch_size: Count = 32
     learning_rate: Annotated[float, Meta(gt=0, description="Peak rate of the encoder (AdamW).")] = 2e-4
@@ -279,6 +297,8 @@ class StudentParameters(Parameters, frozen=True, kw_only=True):
     temperature: Annotated[float, Meta(gt=0, description="Softens both sides of the distillation loss.")] = (
         1.0
     )
+    token_dropout: TokenDropout = 0.15
+    precision: TrainingPrecision = "auto"
     checkpoint_seconds: Annotated[
         float, Meta(gt=0, description="Time between two checkpoints.", extra=OPERATIONAL)
     ] = 20.0
@@ -662,7 +682,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="teacher_checkpoint",
-        version="3",
+        version="4",
         summary="Fine-tune the large encoder on the labelled offers, beside a linear model.",
         entry_point="ml.learning.teacher:train_teacher",
         parameters=TeacherParameters,
@@ -672,7 +692,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="teacher_labels",
-        version="2",
+        version="3",
         summary="Let the teacher label labelled and unlabelled offers (top-k logits).",
         entry_point="ml.learning.labelling:write_teacher_labels",
         parameters=TeacherLabelsParameters,
@@ -690,7 +710,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="student_checkpoint",
-        version="3",
+        version="4",
         summary="Distil the teacher into a small encoder.",
         entry_point="ml.learning.student:train_student",
         parameters=StudentParameters,
@@ -744,7 +764,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="compiled_student",
-        version="4",
+        version="5",
         summary="Compile the student for a target, put the fast model before it, compare with the original.",
         entry_point="ml.serving.compilation:compile_student",
         parameters=CompileParameters,

@@ -24,6 +24,7 @@ from ml.stages import (
     HyperparameterSearchParameters,
     MigratedLabelsParameters,
     Parameters,
+    Precision,
     ServingBenchmarkParameters,
     StudentParameters,
     TeacherLabelsParameters,
@@ -58,6 +59,7 @@ class TrainingPlan(dg.ConfigurableResource):
     cap_per_category: int = Field(description="At most this many labelled offers of a category.")
     teacher_epochs: int = Field(description="Passes of the teacher over the labelled offers.")
     teacher_learning_rate: float = Field(description="Peak learning rate of the teacher's encoder.")
+    teacher_token_dropout: float = Field(description="Share of tokens that a step of the teacher hides.")
     pretraining_epochs: int = Field(description="Passes of the teacher over all offers before the labels.")
     pseudo_label_epochs: int = Field(
         description="Passes of a second training of the teacher, on guesses too."
@@ -69,11 +71,13 @@ class TrainingPlan(dg.ConfigurableResource):
     student_max_tokens: int = Field(description="The student cuts longer offer texts to this many tokens.")
     student_epochs: int = Field(description="Passes of the student over the teacher's labels.")
     student_learning_rate: float = Field(description="Peak learning rate of the student's encoder.")
+    student_token_dropout: float = Field(description="Share of tokens that a step of the student hides.")
     student_label_weight: float = Field(description="What labels count beside the teacher's word.")
     fast_regularisation: float = Field(description="C of the fast model.")
     encoders_compared: str = Field(
         description="Encoders that are compared, separated by commas; encoder:layers keeps that many layers."
     )
+    training_precision: Precision = Field(description="Of products in training: auto, bfloat16, float32.")
     devices: int = Field(description="Processes on each machine that share the work; 0: one per GPU.")
     warm_start: bool = Field(description="Whether a training that may start warm does.")
     warm_teacher_epochs: int = Field(description="Passes of a teacher that starts warm.")
@@ -111,16 +115,18 @@ class TrainingPlan(dg.ConfigurableResource):
             max_tokens=self.max_tokens,
             epochs=self.warm_teacher_epochs if warm else self.teacher_epochs,
             learning_rate=self.teacher_learning_rate,
+            token_dropout=self.teacher_token_dropout,
             pretraining_epochs=self.pretraining_epochs,
             pseudo_label_epochs=self.pseudo_label_epochs,
             lora_rank=self.lora_rank,
             cold_categories=self.cold_categories,
+            precision=self.training_precision,
             devices=self.devices,
         )
 
     def teacher_labels(self) -> TeacherLabelsParameters:
         """Parameters of ``teacher_labels``."""
-        return TeacherLabelsParameters(devices=self.devices)
+        return TeacherLabelsParameters(precision=self.training_precision, devices=self.devices)
 
     def student(self, *, warm: bool = False) -> StudentParameters:
         """Parameters of ``student_checkpoint``, for a training that starts warm or afresh."""
@@ -131,7 +137,9 @@ class TrainingPlan(dg.ConfigurableResource):
             max_tokens=self.student_max_tokens,
             epochs=self.warm_student_epochs if warm else self.student_epochs,
             learning_rate=self.student_learning_rate,
+            token_dropout=self.student_token_dropout,
             label_weight=self.student_label_weight,
+            precision=self.training_precision,
             devices=self.devices,
         )
 

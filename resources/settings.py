@@ -25,6 +25,7 @@ from ml.learning.encoder_files import PACKAGED_ENCODER, split_layers
 from ml.stages import (
     FastModelParameters,
     Parameters,
+    Precision,
     ServingBenchmarkParameters,
     StudentParameters,
     TeacherParameters,
@@ -282,6 +283,13 @@ class Settings(AwsSettings):
         validation_alias="OFFER_ASSETS_TEACHER_LEARNING_RATE",
         description="Peak learning rate of the teacher's encoder (hyperparameter_search looks for it).",
     )
+    teacher_token_dropout: float = Field(
+        default=_default(TeacherParameters, "token_dropout"),
+        ge=0,
+        lt=1,
+        validation_alias="OFFER_ASSETS_TEACHER_TOKEN_DROPOUT",
+        description="Share of a text's tokens that a training step of the teacher hides, others every time.",
+    )
     pretraining_epochs: int = Field(
         default=_default(TeacherParameters, "pretraining_epochs"),
         ge=0,
@@ -338,6 +346,13 @@ class Settings(AwsSettings):
         validation_alias="OFFER_ASSETS_STUDENT_LEARNING_RATE",
         description="Peak learning rate of the student's encoder.",
     )
+    student_token_dropout: float = Field(
+        default=_default(StudentParameters, "token_dropout"),
+        ge=0,
+        lt=1,
+        validation_alias="OFFER_ASSETS_STUDENT_TOKEN_DROPOUT",
+        description="Share of a text's tokens that a training step of the student hides, others every time.",
+    )
     student_label_weight: float = Field(
         default=_default(StudentParameters, "label_weight"),
         ge=0,
@@ -356,6 +371,12 @@ class Settings(AwsSettings):
         validation_alias="OFFER_ASSETS_ENCODERS_COMPARED",
         description="Encoders that encoder_comparison compares, separated by commas; each as for the "
         "teacher, and perhaps with the number of layers to keep, e.g. packaged-minilm:3.",
+    )
+    training_precision: Precision = Field(
+        default=_default(TeacherParameters, "precision"),
+        validation_alias="OFFER_ASSETS_TRAINING_PRECISION",
+        description="What teacher and student are trained in: bfloat16 (mixed precision), float32, or auto: "
+        "bfloat16 where GPU or CPU multiplies it fast.",
     )
     devices: int = Field(
         default=_default(TeacherParameters, "devices"),

@@ -71,7 +71,7 @@ FAST_GRID = (
 how it looks on the offers it is tested on; has all of :data:`REVIEW_GRID`, see
 :meth:`CascadeSettings.fast_from`."""
 
-_FAST_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+_FAST_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _LEAST_OFFERS_FOR_TEMPERATURE = 200
 """Of a country, so that one more number may be fitted on them."""
 

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch import distributed as torch_distributed
 
-from ml.learning.devices import best_device, computes_in_bfloat16
+from ml.learning.devices import best_device, trains_in_bfloat16
+from ml.stages import Precision
 from ml.world import World, world_from_environment
 
 if TYPE_CHECKING:
@@ -83,8 +84,8 @@ def leave_in_failure() -> None:
         torch_distributed.destroy_process_group()
 
 
-def start_fabric(device: torch.device) -> Fabric:
-    """Fabric for this process, which trains on ``device``, and the others."""
+def start_fabric(device: torch.device, precision: Precision) -> Fabric:
+    """Fabric for this process, which trains on ``device`` in this precision, and the others."""
     from lightning_fabric import Fabric
     from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
     from lightning_fabric.strategies import DDPStrategy, SingleDeviceStrategy
@@ -95,7 +96,7 @@ def start_fabric(device: torch.device) -> Fabric:
         accelerator=device.type,
         devices=world.local_size,
         num_nodes=world.nodes,
-        precision="bf16-mixed" if computes_in_bfloat16(device) else "32-true",
+        precision="bf16-mixed" if trains_in_bfloat16(device, precision) else "32-true",
         strategy=(
             SingleDeviceStrategy(device)
             if alone

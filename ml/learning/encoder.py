@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -251,7 +252,9 @@ class Classifier(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits (rows, classes) of token ids and attention mask, both (rows, width)."""
-        logits: Tensor = self.head(self.embed(input_ids, attention_mask))
+        vectors = self.embed(input_ids, attention_mask)
+        with torch.autocast(vectors.device.type, enabled=False):  # bfloat16 has but 8 bits for a logit
+            logits: Tensor = self.head(vectors)
         return logits
 
     def predict_logits(self, texts: Sequence[str], batch_size: int = 64) -> NDArray[np.float32]:
@@ -345,6 +348,17 @@ class Classifier(nn.Module):
         add_up(result, self.device)
         self.train(was_training)
         return result
+
+
+@contextmanager
+def plain_attention(encoder: Any) -> Iterator[None]:
+    """Attention as matrix products and a softmax, which compilers know, and not as one call of torch."""
+    before = encoder.config._attn_implementation
+    encoder.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        encoder.set_attn_implementation(before)
 
 
 def _position_limit(config: Any) -> int:

@@ -271,7 +271,7 @@ class _Search:
         value: float | None = None,
         reason: str = "",
     ) -> None:
-        trial.set_user_attr(_SECONDS, round(time.monotonic() - started_at, 2))
+        trial.set_user_attr(_SECONDS, time.monotonic() - started_at)
         if reason:
             trial.set_user_attr(_REASON, reason)
         self._study.tell(trial, value, state=state)
@@ -356,7 +356,7 @@ def _searched(trial: FrozenTrial, number: int) -> SearchedTrial:
         accuracy=figures.get("accuracy"),
         last_weighted_f1=curve[-1][1] if curve else None,
         curve=curve,
-        seconds=trial.user_attrs[_SECONDS],
+        seconds=round(trial.user_attrs[_SECONDS], 2),
         reason=trial.user_attrs.get(_REASON, ""),
     )
 

@@ -78,7 +78,7 @@ def write_teacher_labels(context: StageContext, parameters: TeacherLabelsParamet
     Raises:
         InputError: the teacher cannot be read.
     """
-    from ml.learning.devices import use_available_cores
+    from ml.learning.devices import best_device, training_autocast, use_available_cores
     from ml.learning.distributed import message_of_first
     from ml.learning.ensemble import Teacher
 
@@ -93,7 +93,8 @@ def write_teacher_labels(context: StageContext, parameters: TeacherLabelsParamet
         for number, (source, start, count) in enumerate(shards):
             if not there[number]:
                 rows = _sample_rows(sample, source, ["offer_id", "text"]).slice(start, count)
-                logits = teacher.predict_logits(strings(rows["text"]), parameters.batch_size)
+                with training_autocast(best_device(), parameters.precision):
+                    logits = teacher.predict_logits(strings(rows["text"]), parameters.batch_size)
                 table = _label_table(strings(rows["offer_id"]), source, logits, parameters.top_k)
                 if context.is_first:
                     _write_shard(context.checkpoints / _shard_name(number), table)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ml.artifacts import sha256_of
+from ml.learning.devices import training_autocast
 from ml.learning.distributed import message_of_first, start_fabric, tensors_of_first
-from ml.learning.encoder import Classifier, TokenizedTexts
+from ml.learning.encoder import Classifier, TokenizedTexts, plain_attention
 from ml.progress import Progress
-from ml.stages import StudentParameters, TeacherParameters
+from ml.stages import Precision, StudentParameters, TeacherParameters
 from ml.world import World, world_from_environment
 
 _WARMUP_SHARE = 0.1
@@ -54,6 +56,8 @@ class TrainingArguments(msgspec.Struct, frozen=True, kw_only=True):
     batch_size: int
     learning_rate: float
     head_learning_rate: float
+    token_dropout: float
+    precision: Precision
     checkpoint_seconds: float
     seed: int
 
@@ -103,15 +107,16 @@ def train(
     Returns:
         The final state, with the learning curve.
     """
-    world, fabric = world_from_environment(), start_fabric(model.device)
+    world, fabric = world_from_environment(), start_fabric(model.device, plan.precision)
     optimiser = _optimiser(model, plan)
     state = _resume(model, optimiser, checkpoints, progress)
     if state is None:
-        initialise()
+        with training_autocast(model.device, plan.precision):
+            initialise()
         state = TrainingState()
     for point in state.curve:
         progress.figures(point)
-    step = _Step(model, optimiser, fabric, world)
+    step = _Step(model, optimiser, fabric, world, plan.token_dropout)
     steps_per_epoch = -(-len(texts) // plan.batch_size)
     total_steps = steps_per_epoch * plan.epochs
     curve_interval = max(1, steps_per_epoch // _CURVE_POINTS_PER_EPOCH)
@@ -134,7 +139,8 @@ def train(
                 bar.update(len(rows), loss=loss)
                 epoch_ends = state.step % steps_per_epoch == 0
                 if epoch_ends or state.step % steps_per_epoch % curve_interval == 0:
-                    _add_point(state, epoch, validate() if epoch_ends else {})
+                    with training_autocast(model.device, plan.precision):
+                        _add_point(state, epoch, validate() if epoch_ends else {})
                     progress.figures(state.curve[-1])
                 if epoch_ends:
                     progress.say(_describe(state.curve[-1], plan.epochs))
@@ -253,12 +259,20 @@ class _Step:
     """One step of the optimiser, taken by all processes together."""
 
     def __init__(
-        self, model: Classifier, optimiser: torch.optim.Optimizer, fabric: Any, world: World
+        self,
+        model: Classifier,
+        optimiser: torch.optim.Optimizer,
+        fabric: Any,
+        world: World,
+        token_dropout: float,
     ) -> None:
         self._model = model
+        self._token_dropout = token_dropout
         self._fabric = fabric
         self._world = world
         self._shared_model, self._shared_optimiser = fabric.setup(model, optimiser)
+        # On a CPU the gradient of torch's own attention takes longer than that of its parts.
+        self._attention = plain_attention if model.device.type == "cpu" else nullcontext
 
     def take(
         self, texts: TokenizedTexts, rows: NDArray[np.int64], batch_loss: LossFunction, seed: int
@@ -269,7 +283,9 @@ class _Step:
         model.train()
         own, weight = self._world.share_of(rows)
         ids, mask = texts.padded(own, model.pad_id)
-        logits = self._shared_model(ids.to(model.device), mask.to(model.device))
+        mask = _with_hidden_tokens(mask, self._token_dropout)
+        with self._attention(model.encoder):
+            logits = self._shared_model(ids.to(model.device), mask.to(model.device))
         loss = batch_loss(logits.float(), own) * weight
         self._shared_optimiser.zero_grad(set_to_none=True)
         self._fabric.backward(loss)
@@ -281,6 +297,18 @@ class _Step:
         )
         self._shared_optimiser.step()
         return float(self._fabric.all_reduce(loss.detach(), reduce_op="mean").item())
+
+
+def _with_hidden_tokens(mask: Tensor, share: float) -> Tensor:
+    """The mask (rows, width), some of its tokens hidden at random, but for the first of each text.
+
+    What is hidden differs from step to step, so that the model learns to do without any one word of a shop.
+    """
+    if not share:
+        return mask
+    kept = torch.rand(mask.shape) >= share
+    kept[:, 0] = True
+    return mask * kept
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

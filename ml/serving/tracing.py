@@ -8,8 +8,7 @@ for AWS Inferentia 2, :func:`trace_for_torch` for torch on this machine, and eve
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ml.learning.encoder import Classifier
+from ml.learning.encoder import Classifier, plain_attention
 from ml.progress import Progress
 from ml.serving import neuron
 from ml.serving.compiled_model import NEURON, Bucket, TracedForm
@@ -99,7 +98,7 @@ def trace_student(
             finished = checkpoints / bucket.file
             if not finished.exists():
                 unfinished = finished.with_suffix(".partial")
-                with quiet(), torch.no_grad(), _plain_attention(classifier.encoder):
+                with quiet(), torch.no_grad(), plain_attention(classifier.encoder):
                     ids = torch.full((bucket.offers, bucket.tokens), classifier.pad_id, dtype=torch.int32)
                     torch.jit.save(tracer(module, (ids, torch.ones_like(ids))), str(unfinished))
                 unfinished.rename(finished)
@@ -136,14 +135,3 @@ def trace_for_neuron(module: nn.Module, example: tuple[Tensor, Tensor]) -> Any:
     sdk = neuron.load_compiler()
     traced = sdk.trace(module, example, compiler_args=neuron.COMPILER_ARGUMENTS, cpu_backend=True)
     return sdk.dynamic_batch(traced)
-
-
-@contextmanager
-def _plain_attention(encoder: Any) -> Iterator[None]:
-    """Attention as matrix products and a softmax, which compilers know, and not as one call of torch."""
-    before = encoder.config._attn_implementation
-    encoder.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        encoder.set_attn_implementation(before)

@@ -63,7 +63,7 @@ class Killed(BaseException):
 
 @dataclass
 class Training:
-    """A tiny teacher without dropout, whose weights do not depend on who drops out what."""
+    """A tiny teacher without dropout and in full precision, whose weights do not depend on who computes what."""
 
     inputs: dict[str, Path]
     parameters: dict[str, Any]
@@ -83,7 +83,13 @@ def whole_training(tmp_path_factory: pytest.TempPathFactory) -> Training:
     (encoder / "config.json").write_bytes(msgspec.json.encode(config))
     # 46 offers in batches of 5: shares are uneven, and one process goes without in the last batch
     inputs = tiny_inputs(folder, train=46)
-    parameters = TINY_TEACHER | {"encoder": str(encoder), "batch_size": 5, "checkpoint_seconds": 1e-9}
+    parameters = TINY_TEACHER | {
+        "encoder": str(encoder),
+        "batch_size": 5,
+        "checkpoint_seconds": 1e-9,
+        "token_dropout": 0.0,
+        "precision": "float32",
+    }
     whole, _ = make("teacher_checkpoint", inputs, parameters | {"devices": 1}, folder / "whole")
     return Training(inputs, parameters, whole)
 

@@ -14,7 +14,14 @@ from ml.progress import Progress
 from tests.ml.tiny_models import WORDS_OF, tiny_encoder
 
 PLAN = TrainingArguments(
-    epochs=40, batch_size=12, learning_rate=3e-3, head_learning_rate=3e-3, checkpoint_seconds=1000, seed=3
+    epochs=40,
+    batch_size=12,
+    learning_rate=3e-3,
+    head_learning_rate=3e-3,
+    token_dropout=0.0,
+    precision="float32",
+    checkpoint_seconds=1000,
+    seed=3,
 )
 TEXTS = [
     f"{first} {filler} | {second} {filler}"

@@ -5,24 +5,35 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
 from ml.errors import InputError
+from ml.learning import devices, training
 from ml.learning.calibration import fit_temperature, targets_of, validation_figures
+from ml.learning.devices import trains_in_bfloat16
 from ml.learning.encoder import Classifier, ClassifierSettings
 from ml.learning.training import TrainingArguments, TrainingState, epoch_batches, train
 from ml.learning.training_data import read_labelled
 from ml.offers import TEXT_VERSION
 from ml.progress import Progress
+from ml.stages import Precision
 from tests.ml.tiny_models import WORDS_OF, offer_rows, tiny_encoder, tiny_inputs, write_labelled
 
 LABELS = sorted(WORDS_OF)
 ROWS = offer_rows(40, 1, "t")
 PLAN = TrainingArguments(
-    epochs=2, batch_size=8, learning_rate=1e-3, head_learning_rate=1e-2, checkpoint_seconds=1e-9, seed=3
+    epochs=2,
+    batch_size=8,
+    learning_rate=1e-3,
+    head_learning_rate=1e-2,
+    token_dropout=0.2,
+    precision="float32",
+    checkpoint_seconds=1e-9,
+    seed=3,
 )
 
 
@@ -40,7 +51,7 @@ class Run:
         self.initialised = False
         self.checkpoints = checkpoints
 
-    def train(self, *, killed_at_step: int | None = None) -> TrainingState:
+    def train(self, *, killed_at_step: int | None = None, plan: TrainingArguments = PLAN) -> TrainingState:
         targets = torch.from_numpy(targets_of(LABELS, [row["category_id"] for row in ROWS]))
         steps_run = 0
 
@@ -63,7 +74,7 @@ class Run:
             loss,
             lambda: {"accuracy": 0.5},
             initialise,
-            PLAN,
+            plan,
             self.checkpoints,
             Progress("test", self.lines.append),
         )
@@ -169,6 +180,69 @@ def test_a_folder_that_is_gone_while_training_is_an_error_not_a_silent_loss(
     run.checkpoints.write_text("a file where the folder should be")
     with pytest.raises(OSError, match="step-"):
         run.train()
+
+
+def test_in_bfloat16_other_weights_are_learned_and_all_stay_in_full_precision(
+    start_run: Callable[[str], Run],
+) -> None:
+    exact, mixed = start_run("exact"), start_run("mixed")
+    exact.train()
+    state = mixed.train(plan=msgspec.structs.replace(PLAN, precision="bfloat16"))
+    assert state.curve[-1]["loss"] < state.curve[0]["loss"]
+    assert {tensor.dtype for tensor in mixed.weights().values() if tensor.is_floating_point()} == {
+        torch.float32
+    }
+    differences = [
+        (tensor - mixed.weights()[name]).abs().max().item() for name, tensor in exact.weights().items()
+    ]
+    assert 0 < max(differences) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("features", "precision", "expected"),
+    [
+        (["avx2", "avx512_bf16"], "auto", True),
+        (["amx_bf16"], "auto", True),
+        (["avx2"], "auto", False),
+        (["avx2"], "bfloat16", True),
+        (["avx512_bf16"], "float32", False),
+    ],
+)
+def test_bfloat16_is_taken_where_the_cpu_multiplies_it_or_by_setting(
+    monkeypatch: pytest.MonkeyPatch, features: list[str], precision: Precision, expected: bool
+) -> None:
+    monkeypatch.setattr(devices, "cpu_features", lambda: features)
+    assert trains_in_bfloat16(torch.device("cpu"), precision) is expected
+
+
+def test_a_gpu_that_cannot_is_not_asked_for_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert not trains_in_bfloat16(torch.device("cuda"), "auto")
+    with pytest.raises(InputError, match="take auto or float32"):
+        trains_in_bfloat16(torch.device("cuda"), "bfloat16")
+
+
+def test_each_step_hides_other_tokens_but_never_the_first_nor_padding(
+    start_run: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    hide = training._with_hidden_tokens
+
+    def watched(mask: torch.Tensor, share: float) -> torch.Tensor:
+        seen.append((mask, hide(mask, share)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(training, "_with_hidden_tokens", watched)
+    start_run("hiding").train()
+    assert all(torch.equal(after[:, 0], before[:, 0]) for before, after in seen)
+    assert not any((after & (1 - before)).any() for before, after in seen)
+    tokens = sum(int(before[:, 1:].sum()) for before, _ in seen)
+    assert sum(int(after[:, 1:].sum()) for _, after in seen) / tokens == pytest.approx(0.8, abs=0.05)
+    texts = [after.shape for _, after in seen]
+    equal = [torch.equal(seen[0][1], after) for _, after in seen if after.shape == texts[0]]
+    assert not all(equal)
+    mask = torch.ones((2, 4), dtype=torch.int64)
+    assert torch.equal(hide(mask, 0.0), mask)
 
 
 def test_batches_hold_every_row_once_in_an_order_set_by_seed_and_epoch() -> None:
