@@ -63,7 +63,7 @@ class Killed(BaseException):
 
 @dataclass
 class Training:
-    """A tiny teacher without dropout and in full precision, whose weights do not depend on who computes what."""
+    """A tiny teacher without dropout, in full precision: its weights do not depend on who computes what."""
 
     inputs: dict[str, Path]
     parameters: dict[str, Any]
