@@ -155,7 +155,9 @@ class FastModel:
             tensors[f"{name}.vectors"], tensors[f"{name}.squares"] = reading.vectors, reading.squares
         settings = msgspec.structs.replace(self.settings, vocabulary=sizes)
         (folder / _VOCABULARY_FILE).write_text("\n".join(lines), encoding="utf-8", newline="\n")
-        save_file(tensors, folder / _WEIGHTS_FILE)
+        # safetensors writes memory as it lies, also of an array whose columns lie one after the other.
+        rows_in_order = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+        save_file(rows_in_order, folder / _WEIGHTS_FILE)
         (folder / _LABELS_FILE).write_bytes(msgspec.json.encode(self.labels))
         (folder / _SETTINGS_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(settings), indent=2))
 

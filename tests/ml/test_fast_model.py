@@ -4,7 +4,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -289,6 +289,26 @@ def test_a_stored_projection_is_read_back(inputs: dict[str, Path], tmp_path: Pat
     assert model.directions is not None
     assert model.directions.shape == (2, len(model.labels))
     assert model.predict_logits(TEXTS).shape == (len(TEXTS), len(model.labels))
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_what_was_stored_answers_as_before(tmp_path: Path, order: Literal["C", "F"]) -> None:
+    """However its matrices lie in memory: those of a projection lie by columns."""
+    model = FastModel(
+        {
+            name: msgspec.structs.replace(reading, vectors=np.array(reading.vectors, order=order))
+            for name, reading in PROJECTED.readings.items()
+        },
+        PROJECTED.bias,
+        np.array(PROJECTED.directions, order=order),
+        PROJECTED.labels,
+        PROJECTED.settings,
+    )
+    texts = ["tea pot kettle", "spout x", "pot größe"]
+    model.save(tmp_path)
+    np.testing.assert_array_equal(
+        FastModel.load(tmp_path).predict_logits(texts), PROJECTED.predict_logits(texts)
+    )
 
 
 def test_files_that_do_not_fit_each_other_are_refused(tmp_path: Path) -> None:
