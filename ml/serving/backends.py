@@ -95,7 +95,15 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     problem: str = ""
 
     def keeps(self, limits: GateLimits) -> bool:
-        """Whether it was measured and keeps the limits, as the gate reads them: few offers say little."""
+        """Whether it was measured and keeps the limits on the sample itself."""
+        return (
+            not self.problem
+            and self.same_category >= limits.min_same_category_compiled
+            and self.f1_loss <= limits.max_f1_loss_compiled
+        )
+
+    def may_keep(self, limits: GateLimits) -> bool:
+        """Whether it was measured and the gate lets it through: few offers say little about a share."""
         return (
             not self.problem
             and wilson_upper(self.same_category, self.offers) >= limits.min_same_category_compiled
@@ -211,23 +219,30 @@ def choose(
             raise InputError(f"backend {asked_for} cannot be built: {only.problem}; use backend {AUTO}")
         return only, "it was asked for"
     reference = {each.name for each in backends if each.is_reference}
-    best: Candidate | None = None
-    for candidate in candidates:
-        if candidate.keeps(limits) and (
-            best is None or candidate.offers_per_second > _TIE * best.offers_per_second
-        ):
-            best = candidate
+    best = _fastest([each for each in candidates if each.keeps(limits)])
     if best is not None and best.backend not in reference:
         return best, "the fastest that keeps the gate's limits of same categories and weighted F1"
+    perhaps = _fastest([each for each in candidates if each.may_keep(limits)])
+    if perhaps is not None and perhaps.backend not in reference:
+        return perhaps, "the fastest that may keep the gate's limits: more by chance than by this sample"
     last = next((each for each in candidates if each.backend in reference and not each.problem), None)
     if last is None:
         problems = "; ".join(f"{each.backend}: {each.problem or 'too inexact'}" for each in candidates)
         raise InputError(f"no backend can compile this student here ({problems}); name one as backend")
     if best is last:
-        refused = [each.backend for each in candidates if each is not last and not each.keeps(limits)]
+        refused = [each.backend for each in candidates if each is not last and not each.may_keep(limits)]
         if len(refused) < len(candidates) - 1:
             return last, "no other that keeps the gate's limits is faster"
     return last, "the last resort: nothing else keeps the gate's limits of same categories and weighted F1"
+
+
+def _fastest(candidates: Sequence[Candidate]) -> Candidate | None:
+    """Of those in the order of the catalogue; None if there are none."""
+    best: Candidate | None = None
+    for candidate in candidates:
+        if best is None or candidate.offers_per_second > _TIE * best.offers_per_second:
+            best = candidate
+    return best
 
 
 def _candidates(asked_for: str, backends: Sequence[Backend]) -> list[Backend]:

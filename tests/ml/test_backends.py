@@ -45,10 +45,21 @@ def candidate(
 
 def test_of_few_offers_a_candidate_is_refused_only_if_chance_does_not_explain_it():
     limits = GateLimits()
-    assert candidate("a", 1.0, same=0.994, offers=500).keeps(limits)
-    assert not candidate("a", 1.0, same=0.994, offers=100_000).keeps(limits)
-    assert not candidate("a", 1.0, same=0.9, offers=500).keeps(limits)
-    assert not candidate("a", 1.0, offers=0).keeps(limits)
+    assert candidate("a", 1.0, same=0.994, offers=500).may_keep(limits)
+    assert not candidate("a", 1.0, same=0.994, offers=500).keeps(limits)
+    assert not candidate("a", 1.0, same=0.994, offers=100_000).may_keep(limits)
+    assert not candidate("a", 1.0, same=0.9, offers=500).may_keep(limits)
+    assert not candidate("a", 1.0, offers=0).may_keep(limits)
+
+
+def test_what_keeps_the_limits_on_the_sample_comes_before_what_may_only_keep_them():
+    exact = candidate("onnx-int8-rows", 300.0, same=0.996, offers=900)
+    doubtful = candidate("onnx-int8-tensor", 500.0, same=0.991, offers=900)
+    full = candidate("onnx-fp32", 100.0, offers=900)
+    assert choose([exact, doubtful, full], "auto")[0] is exact
+    chosen, reason = choose([doubtful, full], "auto")
+    assert chosen is doubtful
+    assert "may keep" in reason
 
 
 @pytest.fixture(scope="module")
