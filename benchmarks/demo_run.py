@@ -1,18 +1,22 @@
 """Time per asset of the demo run, and the share of it spent outside the model; then the same run again.
 
-Runs ``python -m offer_assets demo`` twice in a home of its own. *Inside the model* is what the stages
-that train, label, evaluate, compile and catalogue took themselves (their manifest's ``seconds``);
-everything else, from Dagster to reading the feed, is outside.
+    python -m benchmarks.demo_run [--home DIR]
+
+Runs ``python -m offer_assets demo`` twice in a home of its own, which ``--home`` keeps. *Inside the model*
+is what the stages that train, label, evaluate, compile and catalogue took themselves (their manifest's
+``seconds``); everything else, from Dagster to reading the feed, is outside.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import resource
 import socket
 import subprocess
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +37,13 @@ _MODEL_ASSETS = {
 
 def main() -> None:
     """Measure and report."""
-    with tempfile.TemporaryDirectory() as home:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--home", type=Path, help="an empty folder, kept")
+    given = parser.parse_args().home
+    with nullcontext(given) if given else tempfile.TemporaryDirectory() as folder:
+        home = str(folder)
         environment = {
             **os.environ,
             "OFFER_ASSETS_HOME": home,

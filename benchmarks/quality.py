@@ -107,7 +107,7 @@ ABLATIONS: tuple[Ablation, ...] = (
     _student("with the whole vocabulary", trim_vocabulary=False),
     *(
         _student(f"of {layers} layers, {tokens} tokens", layers=layers, max_tokens=tokens)
-        for layers, tokens in ((1, 16), (1, 32), (2, 16), (3, 32), (3, 48), (6, 96))
+        for layers, tokens in ((1, 16), (1, 32), (2, 16), (3, 48))
     ),
 )
 """What is tried. A new ingredient of a stage is one more entry that switches it off."""
