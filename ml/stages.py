@@ -281,7 +281,7 @@ class StudentParameters(Parameters, frozen=True, kw_only=True):
     max_tokens: Annotated[
         int, Meta(ge=8, le=512, description="Longer texts are cut to this many tokens.")
     ] = 32
-    epochs: Annotated[Count, Meta(description="Passes over labelled and unlabelled offers.")] = 2
+    epochs: Annotated[Count, Meta(description="Passes over labelled and unlabelled offers.")] = 4
     batch_size: Count = 32
     learning_rate: Annotated[float, Meta(gt=0, description="Peak rate of the encoder (AdamW).")] = 2e-4
     head_learning_rate: Annotated[float, Meta(gt=0, description="Peak rate of the output layer.")] = 1e-3
@@ -764,7 +764,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="compiled_student",
-        version="7",
+        version="8",
         summary="Compile the student for a target, put the fast model before it, compare with the original.",
         entry_point="ml.serving.compilation:compile_student",
         parameters=CompileParameters,

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from ml.learning.calibration import fit_temperature, log_softmax, targets_of
+from ml.learning.calibration import fit_temperature, targets_of
 from ml.learning.risk_control import (
     CONFIDENCE,
     paired_loss_p_value,
@@ -280,23 +280,22 @@ def _groups(countries: Strings, country_offers: int) -> dict[str, Mask]:
 
 
 def _best_weight(fast_logs: Floats, student_logs: Floats, targets: NDArray[np.int64]) -> float:
-    """The weight of the fast model with which most answers are right; of equals, that with likelier ones.
+    """The weight of the fast model with which answers at their best temperature have the lowest Brier score.
 
-    Not simply the likeliest: the fast model is too sure of some wrong answers, which costs likelihood and no
-    right answer. What a weight gets right is averaged with its neighbours, so that chance does not choose.
+    The score (Brier 1950) is bounded: the fast model is too sure of some wrong answers, which would rule the
+    likelihood. It changes smoothly with the weight, unlike the share of right answers, in which chance rules.
     """
     known = targets >= 0
     if not known.any():
         return 0.0
-    right, likelihood = np.empty(len(_FAST_WEIGHTS)), np.empty(len(_FAST_WEIGHTS))
-    for place, weight in enumerate(_FAST_WEIGHTS):
+
+    def score(weight: float) -> float:
         logs = blended(fast_logs[known], student_logs[known], weight)
-        calibrated = log_softmax(logs / fit_temperature(logs, targets[known]))
-        right[place] = np.mean(logs.argmax(axis=1) == targets[known])
-        likelihood[place] = calibrated[np.arange(len(logs)), targets[known]].mean()
-    neighbours = np.ones(3)
-    smooth = np.convolve(right, neighbours, "same") / np.convolve(np.ones(len(right)), neighbours, "same")
-    return _FAST_WEIGHTS[int(np.lexsort((likelihood, smooth.round(9)))[-1])]
+        probabilities = softmax(logs / np.float32(fit_temperature(logs, targets[known])))
+        of_truth = probabilities[np.arange(len(logs)), targets[known]]
+        return float(np.mean(1 - 2 * of_truth + np.square(probabilities).sum(axis=1)))
+
+    return min(_FAST_WEIGHTS, key=score)
 
 
 def _temperatures(
