@@ -41,8 +41,18 @@ TAXONOMY_1 = "category_id,parent_id,name\n1,,Toys\n2,1,Dolls\n"
 TAXONOMY_2 = "category_id,parent_id,name\n1,,Toys\n2,1,Dolls\n3,1,Cars\n"
 RENAMED_1 = "category_id,parent_id,name\n1,,Toys\n2,1,Dolls and figures\n"
 
-GOOD = {"student_weighted_f1": 0.9, "teacher_weighted_f1": 0.92, "student_share_of_teacher": 0.978}
-BAD = {"student_weighted_f1": 0.5, "teacher_weighted_f1": 0.92, "student_share_of_teacher": 0.543}
+GOOD = {
+    "student_weighted_f1": 0.9,
+    "teacher_weighted_f1": 0.92,
+    "student_share_of_teacher": 0.978,
+    "student_minus_teacher_high": -0.01,
+}
+BAD = {
+    "student_weighted_f1": 0.5,
+    "teacher_weighted_f1": 0.92,
+    "student_share_of_teacher": 0.543,
+    "student_minus_teacher_high": -0.4,
+}
 COMPILED = {
     "same_category": 1.0,
     "offers": 100,

@@ -87,16 +87,21 @@ def judge(
 
 
 def student_is_close_to_teacher(metrics: Mapping[str, Any], limits: GateLimits) -> Proposition:
-    """The student keeps at least ``min_share_of_teacher`` of the teacher's weighted F1."""
+    """The student keeps at least ``min_share_of_teacher`` of the teacher's weighted F1.
+
+    It fails when it keeps less *and* that is not chance: even the upper end of the 95 % interval of the
+    difference is under the limit. On a small evaluation set a point more or less is luck.
+    """
     student, teacher = _number(metrics, "student_weighted_f1"), _number(metrics, "teacher_weighted_f1")
     share = _number(metrics, "student_share_of_teacher")
+    upper = 1 + _number(metrics, "student_minus_teacher_high") / teacher if teacher else math.nan
     return Proposition(
         name="student_is_close_to_teacher",
-        passed=share >= limits.min_share_of_teacher,
+        passed=share >= limits.min_share_of_teacher or upper >= limits.min_share_of_teacher,
         value=share,
         limit=limits.min_share_of_teacher,
         sentence=f"Weighted F1 of the student is {student:.4f}, {share:.1%} of the teacher's {teacher:.4f} "
-        f"(at least {limits.min_share_of_teacher:.1%} wanted).",
+        f"(up to {upper:.1%} with 95 % confidence, at least {limits.min_share_of_teacher:.1%} wanted).",
     )
 
 

@@ -12,6 +12,7 @@ EVALUATION = {
     "student_weighted_f1": 0.86,
     "teacher_weighted_f1": 0.9,
     "student_share_of_teacher": 0.9556,
+    "student_minus_teacher_high": -0.03,
     "student_minus_production": -0.002,
     "student_minus_production_low": -0.01,
     "student_minus_production_high": 0.006,
@@ -72,10 +73,35 @@ def test_every_proposition_is_the_function_of_its_name():
         assert getattr(gate, proposition.name)(metrics, GateLimits()) == proposition
 
 
-def test_a_student_far_from_its_teacher_fails_and_the_sentence_has_the_figures():
-    verdict = judge(EVALUATION | {"student_share_of_teacher": 0.9499}, COMPILED)
-    assert failed(verdict) == ["student_is_close_to_teacher"]
-    assert verdict.propositions[0].sentence.startswith("Weighted F1 of the student is 0.8600, 95.0%")
+@pytest.mark.parametrize(
+    ("share", "high", "passes"),
+    [
+        (0.95, -0.05, True),
+        (0.9499, -0.044, True),  # under the limit, but as likely chance
+        (0.9499, -0.046, False),
+        (0.5, -0.3, False),
+        (float("nan"), float("nan"), False),
+    ],
+)
+def test_far_from_the_teacher_means_under_the_limit_and_not_by_chance(share, high, passes):
+    metrics = EVALUATION | {"student_share_of_teacher": share, "student_minus_teacher_high": high}
+    assert failed(judge(metrics, COMPILED)) == ([] if passes else ["student_is_close_to_teacher"])
+
+
+def test_the_sentence_about_the_teacher_has_the_figures():
+    sentence = judge(EVALUATION, COMPILED).propositions[0].sentence
+    assert sentence.startswith(
+        "Weighted F1 of the student is 0.8600, 95.6% of the teacher's 0.9000 (up to 96.7%"
+    )
+
+
+def test_a_teacher_that_is_never_right_teaches_nothing():
+    metrics = EVALUATION | {
+        "teacher_weighted_f1": 0.0,
+        "student_share_of_teacher": 0.0,
+        "student_minus_teacher_high": 0.5,
+    }
+    assert failed(judge(metrics, COMPILED)) == ["student_is_close_to_teacher"]
 
 
 @pytest.mark.parametrize(
@@ -144,7 +170,7 @@ def test_a_cascade_fails_that_loses_more_than_stated_and_not_by_chance(loss, p_v
 
 
 def test_limits_are_taken_from_where_they_are_set():
-    assert failed(judge(EVALUATION, COMPILED, GateLimits(min_share_of_teacher=0.97))) == [
+    assert failed(judge(EVALUATION, COMPILED, GateLimits(min_share_of_teacher=0.98))) == [
         "student_is_close_to_teacher"
     ]
     assert failed(judge(EVALUATION, COMPILED, GateLimits(min_same_category_compiled=0.999))) == [
