@@ -27,6 +27,7 @@ from ml.offers import CLEAN_SCHEMA, offer_text
 PASSES = 3
 _WARM_UP_OFFERS = 16
 _TRIED_OFFERS = 64
+_GROWTH = 4
 _STREAMED_AT_ONCE = 8_192
 
 ALL: dict[str, OurModel | Peer] = {model.name: model for model in (*MODELS, *PEERS)}
@@ -127,20 +128,23 @@ def measured(answerer: Answerer, offers: Offers, seconds: float) -> tuple[list[f
         offers: Offers, no two with the same text.
         seconds: About how long all passes may take together.
     """
-    answerer.answer(fresh(offers[:_WARM_UP_OFFERS], "w"))
-    started_at = time.perf_counter()
-    tried = fresh(offers[:_TRIED_OFFERS], "v")
-    answerer.answer(tried)
-    rate = len(tried) / (time.perf_counter() - started_at)
-    count = max(len(tried), int(rate * seconds / PASSES))
     stream = numbered(offers)
-    rates = []
-    for _ in range(PASSES):
-        batch = list(itertools.islice(stream, count))
-        started_at = time.perf_counter()
-        answerer.answer(batch)
-        rates.append(len(batch) / (time.perf_counter() - started_at))
+    answerer.answer(list(itertools.islice(stream, _WARM_UP_OFFERS)))
+    # What a model learns of words only from the offers it meets makes the first ones slow: tries grow until
+    # one takes as long as half a pass.
+    count, took = _TRIED_OFFERS // _GROWTH, 0.0
+    while took < seconds / PASSES / 2:
+        count *= _GROWTH
+        took = _seconds_for(answerer, list(itertools.islice(stream, count)))
+    count = max(_TRIED_OFFERS, int(count / took * seconds / PASSES))
+    rates = [count / _seconds_for(answerer, list(itertools.islice(stream, count))) for _ in range(PASSES)]
     return rates, count
+
+
+def _seconds_for(answerer: Answerer, batch: Offers) -> float:
+    started_at = time.perf_counter()
+    answerer.answer(batch)
+    return time.perf_counter() - started_at
 
 
 def streamed(answerer: Answerer, offers: Offers, count: int) -> float:
