@@ -146,6 +146,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     if options.ablations == []:
         options.ablations = ["teacher", "student"]
+    for text in options.variants:
+        if not any(text in ablation.name for ablation in ABLATIONS):
+            names = "; ".join(ablation.name for ablation in ABLATIONS)
+            raise SystemExit(f"error: --variants {text}: there are {names}")
     try:
         figures = run(options)
     except InputError as error:
@@ -382,6 +386,7 @@ def _ablated(bench: Bench, trial: Trial) -> dict[str, Any]:
         ablation
         for ablation in (*as_they_are, *ABLATIONS)
         if ablation.stage.removesuffix("_checkpoint") in bench.options.ablations
+        and (ablation in as_they_are or any(text in ablation.name for text in bench.options.variants))
     ]
     rows: list[dict[str, Any]] = []
     base: dict[str, float] = {}
@@ -691,6 +696,13 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         choices=("teacher", "student"),
         help="variants of these instead; none: of both",
+    )
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        default=[""],
+        metavar="TEXT",
+        help="only ablations with one of these in their name, e.g. distillation",
     )
     parser.add_argument("--quick", action="store_true", help="few offers and steps: does everything run?")
     return parser

@@ -171,6 +171,12 @@ def test_ablations_change_parameters_of_stages_that_exist():
             assert stage_named(stage)
 
 
+def test_a_variant_that_does_not_exist_is_refused(feed):
+    arguments, _ = feed
+    with pytest.raises(SystemExit, match="student without distillation"):
+        quality.main([*arguments, "linear_title", "--ablations", "--variants", "magic"])
+
+
 def test_no_stage_sees_a_held_out_offer(feed, monkeypatch):
     arguments, _ = feed
     seen = []
