@@ -25,7 +25,7 @@ from benchmarks.processes import NotHereError, Offers, environment, peak_memory_
 from ml.offers import CLEAN_SCHEMA, offer_text
 
 PASSES = 3
-_WARM_UP_OFFERS = 16
+WARM_UP_OFFERS = 16
 _TRIED_OFFERS = 64
 _GROWTH = 4
 _STREAMED_AT_ONCE = 8_192
@@ -129,7 +129,7 @@ def measured(answerer: Answerer, offers: Offers, seconds: float) -> tuple[list[f
         seconds: About how long all passes may take together.
     """
     stream = numbered(offers)
-    answerer.answer(list(itertools.islice(stream, _WARM_UP_OFFERS)))
+    answerer.answer(list(itertools.islice(stream, WARM_UP_OFFERS)))
     # What a model learns of words only from the offers it meets makes the first ones slow: tries grow until
     # one takes as long as half a pass.
     count, took = _TRIED_OFFERS // _GROWTH, 0.0
@@ -149,21 +149,16 @@ def _seconds_for(answerer: Answerer, batch: Offers) -> float:
 
 def streamed(answerer: Answerer, offers: Offers, count: int) -> float:
     """Offers per second of a stream of ``count`` offers, made as needed, no two with the same text."""
-    answerer.answer(fresh(offers[:_WARM_UP_OFFERS], "w"))
-    started_at = time.perf_counter()
     stream = numbered(offers)
+    answerer.answer(list(itertools.islice(stream, WARM_UP_OFFERS)))
+    started_at = time.perf_counter()
     for start in range(0, count, _STREAMED_AT_ONCE):
         answerer.answer(list(itertools.islice(stream, min(_STREAMED_AT_ONCE, count - start))))
     return count / (time.perf_counter() - started_at)
 
 
-def fresh(offers: Offers, mark: str) -> list[dict[str, Any]]:
-    """The offers with titles that no cache has seen: no duplicate answers for a model."""
-    return [{**offer, "title": f"{offer['title']} {mark}"} for offer in offers]
-
-
 def numbered(offers: Offers) -> Iterator[dict[str, Any]]:
-    """The offers over and over, each title with a number that no other has."""
+    """The offers over and over, each title with a number that no other has: no cache answers for a model."""
     for number, offer in enumerate(itertools.cycle(offers)):
         yield {**offer, "title": f"{offer['title']} {number}"}
 

@@ -146,10 +146,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     if options.ablations == []:
         options.ablations = ["teacher", "student"]
-    for text in options.variants:
-        if not any(text in ablation.name for ablation in ABLATIONS):
-            names = "; ".join(ablation.name for ablation in ABLATIONS)
-            raise SystemExit(f"error: --variants {text}: there are {names}")
+    names = [ablation.name for ablation in ABLATIONS if _is_of(ablation, options.ablations or [])]
+    for text in options.variants or []:
+        if not any(text in name for name in names):
+            there = "; ".join(names) or "none without --ablations"
+            raise SystemExit(f"error: --variants {text}: there are {there}")
     try:
         figures = run(options)
     except InputError as error:
@@ -385,8 +386,8 @@ def _ablated(bench: Bench, trial: Trial) -> dict[str, Any]:
     wanted = [
         ablation
         for ablation in (*as_they_are, *ABLATIONS)
-        if ablation.stage.removesuffix("_checkpoint") in bench.options.ablations
-        and (ablation in as_they_are or any(text in ablation.name for text in bench.options.variants))
+        if _is_of(ablation, bench.options.ablations)
+        and (ablation in as_they_are or any(text in ablation.name for text in bench.options.variants or [""]))
     ]
     rows: list[dict[str, Any]] = []
     base: dict[str, float] = {}
@@ -408,6 +409,10 @@ def _ablated(bench: Bench, trial: Trial) -> dict[str, Any]:
         "held_out_offers": trial.test.num_rows,
         "models": rows,
     }
+
+
+def _is_of(ablation: Ablation, models: Sequence[str]) -> bool:
+    return ablation.stage.removesuffix("_checkpoint") in models
 
 
 def _variant(
@@ -700,7 +705,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--variants",
         nargs="+",
-        default=[""],
         metavar="TEXT",
         help="only ablations with one of these in their name, e.g. distillation",
     )

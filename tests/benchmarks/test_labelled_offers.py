@@ -15,7 +15,7 @@ from benchmarks.labelled_offers import (
     with_labels,
     without_languages,
 )
-from benchmarks.one_model import distinct, fresh, numbered
+from benchmarks.one_model import distinct, numbered
 from ml.errors import InputError
 from ml.offers import CLEAN_SCHEMA
 
@@ -137,6 +137,4 @@ def test_duplicates_are_counted_and_never_measured():
     assert duplicate_share(table) == 0.5
     once = distinct(table.to_pylist())
     assert [offer["offer_id"] for offer in once] == ["0", "2"]
-    marked = {offer["title"] for mark in "123" for offer in fresh(once, mark)}
-    assert len(marked) == 6
     assert len({offer["title"] for offer in itertools.islice(numbered(once), 100)}) == 100

@@ -171,10 +171,18 @@ def test_ablations_change_parameters_of_stages_that_exist():
             assert stage_named(stage)
 
 
-def test_a_variant_that_does_not_exist_is_refused(feed):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ablations", "--variants", "magic"], "student without distillation"),
+        (["--ablations", "teacher", "--variants", "distillation"], "teacher without"),
+        (["--variants", "distillation"], "none without --ablations"),
+    ],
+)
+def test_a_variant_that_does_not_exist_is_refused(feed, options, message):
     arguments, _ = feed
-    with pytest.raises(SystemExit, match="student without distillation"):
-        quality.main([*arguments, "linear_title", "--ablations", "--variants", "magic"])
+    with pytest.raises(SystemExit, match=message):
+        quality.main([*arguments, "linear_title", *options])
 
 
 def test_no_stage_sees_a_held_out_offer(feed, monkeypatch):
