@@ -2,10 +2,11 @@
 
     python -m benchmarks.cold_start --offers FEED --taxonomy TAXONOMY.csv
 
-Hides the labels of some categories from training, drawn by hash, and trains the teacher twice, without and
-with ``cold_categories``: then every leaf of the taxonomy can be an answer. Held-out offers of the hidden
-categories say whether they are found (their own category, and their parent), those of all others what it
-costs them. "Among the hidden" leaves the model no other choice: how well names tell these apart.
+Hides the labels of some categories from training, drawn by hash, and trains the teacher without and with
+``cold_categories``: then every leaf of the taxonomy can be an answer, at each stated ``cold_loss``. Held-out
+offers of the hidden categories say whether they are found (their own category, it among the five likeliest,
+and their parent), those of all others what it costs them. "Among the hidden" leaves the model no other
+choice: how well names tell these apart.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from ml.learning.ensemble import Teacher
 from ml.offers import offer_texts
 from ml.taxonomy import Taxonomy
 
+_FIRST = 5
+
 
 def main() -> None:
     """Measure and report."""
@@ -37,6 +40,7 @@ def main() -> None:
     parser.add_argument("--hidden", default=30, type=int, help="categories without a label")
     parser.add_argument("--train", default=3_000, type=int, help="labelled offers to learn from, at most")
     parser.add_argument("--epochs", default=2, type=int)
+    parser.add_argument("--losses", default=[0.02, 0.05], type=float, nargs="+", help="values of cold_loss")
     parser.add_argument("--seed", default=17, type=int)
     options = parser.parse_args()
     divided = divide(read_labelled_offers(options.offers).table, "shop", 0.25, options.seed)
@@ -44,7 +48,10 @@ def main() -> None:
     known = divided.train.filter(pa.array(~np.isin(_categories(divided.train), hidden)))
     known = known.take(np.random.default_rng(options.seed).permutation(len(known))[: options.train])
     with tempfile.TemporaryDirectory() as home:
-        rows = [_measured(Path(home), options, known, divided.test, hidden, cold) for cold in (False, True)]
+        rows = [
+            _measured(Path(home), options, known, divided.test, hidden, loss)
+            for loss in (None, *options.losses)
+        ]
     show(rows)
     save(
         "cold_start",
@@ -59,10 +66,17 @@ def main() -> None:
 
 
 def _measured(
-    home: Path, options: argparse.Namespace, known: pa.Table, test: pa.Table, hidden: np.ndarray, cold: bool
+    home: Path,
+    options: argparse.Namespace,
+    known: pa.Table,
+    test: pa.Table,
+    hidden: np.ndarray,
+    loss: float | None,
 ) -> dict[str, Any]:
-    changes = {"teacher_checkpoint": {"epochs": options.epochs, "max_tokens": 32, "cold_categories": cold}}
-    workshop = Workshop(home, changes)
+    changes: dict[str, Any] = {"epochs": options.epochs, "max_tokens": 32}
+    if loss is not None:
+        changes |= {"cold_categories": True, "cold_loss": loss}
+    workshop = Workshop(home, {"teacher_checkpoint": changes})
     taxonomy = workshop.taxonomy(options.taxonomy)
     sample = workshop.training_sample(known, "shop", 0.1, options.seed)
     *_, (_, folder) = workshop.train(
@@ -74,21 +88,23 @@ def _measured(
     answers = labels[probabilities.argmax(axis=1)]
     learned = np.isin(truth, pq.read_table(sample / "labelled.parquet")["category_id"].to_pylist())
     of_hidden = np.isin(truth, hidden)
+    first_five = labels[np.argsort(-probabilities[of_hidden], axis=1)[:, :_FIRST]]
 
     def parent(category: str) -> str:
         return tree.parent(category) or category
 
     same_parent = np.array([parent(a) == parent(b) for a, b in zip(answers, truth, strict=True)])
     row: dict[str, Any] = {
-        "model": "with cold categories" if cold else "without",
+        "model": "without" if loss is None else f"with cold categories, loss {loss:g}",
         "answers": len(labels),
         "known categories": float((answers == truth)[learned].mean()),
         "hidden": float((answers == truth)[of_hidden].mean()),
+        "hidden, in the first five": float((first_five == truth[of_hidden, None]).any(axis=1).mean()),
         "hidden, parent right": float(same_parent[of_hidden].mean()),
         "offers of hidden": int(of_hidden.sum()),
         "among the hidden": None,
     }
-    if cold:
+    if loss is not None:
         places = np.flatnonzero(np.isin(labels, hidden))
         among = labels[places][probabilities[np.ix_(of_hidden, places)].argmax(axis=1)]
         row["among the hidden"] = float((among == truth[of_hidden]).mean())

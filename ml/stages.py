@@ -230,6 +230,9 @@ class TeacherParameters(EncoderChoice, frozen=True, kw_only=True):
         bool,
         Meta(description="Whether leaves without a labelled offer are answers too, by name and path alone."),
     ] = False
+    cold_loss: Annotated[
+        Share, Meta(description="Accuracy on validation offers that those leaves may cost the others.")
+    ] = 0.02
     lora_rank: Annotated[
         int, Meta(ge=0, description="Rank of low-rank adapters; 0: all weights are trained.")
     ] = 0

@@ -66,6 +66,7 @@ class TrainingPlan(dg.ConfigurableResource):
     )
     lora_rank: int = Field(description="Rank of the teacher's low-rank adapters; 0: all weights are trained.")
     cold_categories: bool = Field(description="Whether leaves without a labelled offer are answers too.")
+    cold_loss: float = Field(description="Accuracy on validation offers that those may cost the others.")
     student_encoder: str = Field(description="'teacher' (layers of it) or an encoder as for the teacher.")
     student_layers: int = Field(description="Encoder layers of the student.")
     student_max_tokens: int = Field(description="The student cuts longer offer texts to this many tokens.")
@@ -120,6 +121,7 @@ class TrainingPlan(dg.ConfigurableResource):
             pseudo_label_epochs=self.pseudo_label_epochs,
             lora_rank=self.lora_rank,
             cold_categories=self.cold_categories,
+            cold_loss=self.cold_loss,
             precision=self.training_precision,
             devices=self.devices,
         )

@@ -315,6 +315,13 @@ class Settings(AwsSettings):
         description="Whether leaves of the taxonomy without a labelled offer can be answers too, by their "
         "names alone (true, false).",
     )
+    cold_loss: float = Field(
+        default=_default(TeacherParameters, "cold_loss"),
+        ge=0,
+        le=1,
+        validation_alias="OFFER_ASSETS_COLD_LOSS",
+        description="Accuracy on validation offers that leaves without a labelled offer may cost the others.",
+    )
     student_encoder: Encoder = Field(
         default=_default(StudentParameters, "encoder"),
         validation_alias="OFFER_ASSETS_STUDENT_ENCODER",

@@ -6,8 +6,8 @@ What goes into it, each of which can be switched off:
 * a hierarchical loss: cross-entropy over the categories, plus a smaller one at every level above, where the
   probability of an ancestor is the sum over the categories below it. So a near miss costs less than a far
   one, and one softmax serves all levels. A label that a model guessed counts by its confidence,
-* every category's name and path as one more labelled text; so categories without a labelled offer can be
-  answers too,
+* every category's name and path as one more labelled text; categories without a labelled offer can be
+  answers too (:mod:`ml.learning.cold_categories`),
 * low-rank adapters instead of all weights (:mod:`ml.learning.adapters`), for encoders that are large,
 * pseudo-labels: unlabelled offers of which the trained encoder is sure, in a second training,
 * logit adjustment for rare categories (:mod:`ml.learning.imbalance`),
@@ -30,6 +30,7 @@ from torch import Tensor
 from ml.artifacts import read_manifest, short_version
 from ml.learning.adapters import add_adapters, merge_adapters
 from ml.learning.calibration import fit_temperature, softmax, targets_of, validation_figures
+from ml.learning.cold_categories import NamedLayer, bias_of_cold, cold_among, without_cold
 from ml.learning.devices import best_device, use_available_cores
 from ml.learning.encoder import Classifier, ClassifierSettings, TokenizedTexts
 from ml.learning.ensemble import EnsembleWeights, Teacher, fit_weights, linear_logits
@@ -74,16 +75,19 @@ def train_teacher(context: StageContext, parameters: TeacherParameters) -> dict[
         instruction=parameters.instruction,
     )
     started = warm_start(context, "teacher_checkpoint", parameters, parameters.instruction, labels)
-    model = _untrained(started, labels, settings, parameters)
+    cold = cold_among(labels, training.categories)
+    model = _untrained(started, labels, settings, parameters, cold)
     context.progress.say(
         f"{model.parameter_count / 1e6:.1f} M parameters, {len(training.texts):,} offers to learn from, "
         f"{len(validation.texts):,} to validate on, {len(labels):,} categories"
     )
-    lesson = _Lesson(context, parameters, taxonomy, labels, validation)
+    lesson = _Lesson(context, parameters, taxonomy, labels, validation, cold)
     state, texts = lesson.learn(model, training, unlabelled, started)
     guessed = lesson.learn_from_guesses(model, training, unlabelled)
     if parameters.lora_rank:
         merge_adapters(model)
+    if isinstance(model.head, NamedLayer):
+        model.with_head(model.head.merged(), labels)
     logits = model.predict_logits(validation.texts)
     if not context.is_first:
         return {}
@@ -96,7 +100,7 @@ def train_teacher(context: StageContext, parameters: TeacherParameters) -> dict[
         **warm_start_metrics(started, labels),
         "rows": len(training.texts),
         "pseudo_labelled_rows": guessed,
-        "cold_categories": len(set(labels) - set(training.categories)),
+        "cold_categories": int(cold.sum()),
         **figures,
         "validation_rows": len(validation.texts),
         "size_bytes": sum(path.stat().st_size for path in context.output.rglob("*") if path.is_file()),
@@ -110,7 +114,11 @@ def _labels(training: LabelledTexts, taxonomy: Taxonomy, parameters: TeacherPara
 
 
 def _untrained(
-    started: WarmStart | None, labels: list[str], settings: ClassifierSettings, parameters: TeacherParameters
+    started: WarmStart | None,
+    labels: list[str],
+    settings: ClassifierSettings,
+    parameters: TeacherParameters,
+    cold: NDArray[np.bool_],
 ) -> Classifier:
     """The encoder before its first step, on the device to train on."""
     if started:
@@ -123,6 +131,8 @@ def _untrained(
         torch.manual_seed(parameters.seed)
         add_adapters(model, parameters.lora_rank)
     model.to(best_device())
+    if cold.any():
+        model.with_head(NamedLayer(model.head.in_features, cold, model.device), labels)
     return model
 
 
@@ -136,6 +146,7 @@ class _Lesson:
         taxonomy: Taxonomy,
         labels: list[str],
         validation: LabelledTexts,
+        cold: NDArray[np.bool_],
     ) -> None:
         self._context = context
         self._parameters = parameters
@@ -144,6 +155,7 @@ class _Lesson:
         self._labels = labels
         self._names = [taxonomy.path(label) for label in labels]
         self._validation = validation
+        self._cold = torch.from_numpy(cold)
 
     def learn(
         self,
@@ -165,10 +177,10 @@ class _Lesson:
                 )
             self._context.progress.say("initialising the output layer")
             (started or model).initialise_head(training.texts, training.categories, self._names)
+            if isinstance(model.head, NamedLayer):
+                model.head.start(model.predict_embeddings(self._names))
 
-        return self._train(
-            model, self._with_names(training), self._plan, self._context.checkpoints, initialise
-        )
+        return self._train(model, training, self._plan, self._context.checkpoints, initialise)
 
     def learn_from_guesses(
         self, model: Classifier, training: LabelledTexts, unlabelled: Sequence[str]
@@ -191,13 +203,7 @@ class _Lesson:
             np.concatenate([training.weights, confidence[rows].astype(np.float64)]),
         )
         plan = msgspec.structs.replace(self._plan, epochs=epochs)
-        self._train(
-            model,
-            self._with_names(together),
-            plan,
-            self._context.checkpoints / "pseudo_labels",
-            lambda: None,
-        )
+        self._train(model, together, plan, self._context.checkpoints / "pseudo_labels", lambda: None)
         return len(rows)
 
     def _with_names(self, offers: LabelledTexts) -> LabelledTexts:
@@ -220,14 +226,18 @@ class _Lesson:
         hierarchy = HierarchicalLoss(
             self._taxonomy, self._labels, self._parameters.ancestor_loss, model.device
         )
-        targets = torch.from_numpy(targets_of(self._labels, offers.categories)).to(model.device)
-        weights = torch.from_numpy(offers.weights).float().to(model.device)
+        learned = self._with_names(offers)
+        targets = torch.from_numpy(targets_of(self._labels, learned.categories)).to(model.device)
+        weights = torch.from_numpy(learned.weights).float().to(model.device)
+        cold, has_cold = self._cold.to(model.device), bool(self._cold.any())
 
         def batch_loss(logits: Tensor, rows: NDArray[np.int64]) -> Tensor:
-            index = torch.from_numpy(rows)
+            index = torch.from_numpy(rows).to(model.device)
+            if has_cold:
+                logits = without_cold(logits, index < len(offers.texts), cold)
             return hierarchy(logits, targets[index], weights[index])
 
-        texts = model.tokenize(offers.texts)
+        texts = model.tokenize(learned.texts)
         validation = self._validation
         state = train(
             model,
@@ -263,23 +273,26 @@ def _put_together(
         parameters: Of the stage.
     """
     labels = model.labels
+    cold = cold_among(labels, training.categories)
     targets = targets_of(labels, validation.categories)
     linear, of_linear = None, None
     if parameters.ensemble:
         linear = _linear_model(context, training, model, parameters)
         of_linear = linear_logits(linear, labels, validation.texts)
-    weights = fit_weights(logits, of_linear, targets)
-    shares = log_shares(targets_of(labels, training.categories), len(labels))
+    # Validation offers are all of known categories, so others have no say in how these are weighed.
+    weights = _weights(logits, of_linear, targets, cold)
+    shares = np.where(cold, 0.0, log_shares(targets_of(labels, training.categories), len(labels)))
     strength = parameters.logit_adjustment
     if strength is None:
-        strength = choose_strength(_blended(logits, of_linear, weights), targets, shares)
+        blended = np.where(cold, -np.inf, _blended(logits, of_linear, weights))
+        strength = choose_strength(blended, targets, shares.astype(np.float32))
     if strength and weights.encoder:
         # What is subtracted from the sum of both is a bias of the encoder's output layer.
-        bias = (strength / weights.encoder * shares).astype(np.float32)
-        with torch.no_grad():
-            model.head.bias -= torch.from_numpy(bias).to(model.device)
-        logits = logits - bias
-        weights = fit_weights(logits, of_linear, targets)
+        logits = logits + _add_to_bias(model, -strength / weights.encoder * shares)
+        weights = _weights(logits, of_linear, targets, cold)
+    if cold.any() and weights.encoder:
+        bias = bias_of_cold(_blended(logits, of_linear, weights), targets, cold, parameters.cold_loss)
+        logits = logits + _add_to_bias(model, np.where(cold, bias / weights.encoder, 0.0))
     temperature = fit_temperature(logits, targets)
     alone = validation_figures(logits / temperature, labels, validation.categories)
     figures = validation_figures(_blended(logits, of_linear, weights), labels, validation.categories)
@@ -291,6 +304,26 @@ def _put_together(
         "linear_weight": round(weights.linear, 4),
         "logit_adjustment": strength if weights.encoder else 0.0,
     }
+
+
+def _weights(
+    encoder: NDArray[np.float32],
+    linear: NDArray[np.float32] | None,
+    targets: NDArray[np.int64],
+    cold: NDArray[np.bool_],
+) -> EnsembleWeights:
+    """The weights that make the classes of validation offers most likely among those that have offers."""
+    column = np.cumsum(~cold) - 1
+    among = np.where((targets >= 0) & ~cold[targets], column[targets], -1)
+    return fit_weights(encoder[:, ~cold], None if linear is None else linear[:, ~cold], among)
+
+
+def _add_to_bias(model: Classifier, numbers: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Add ``numbers`` (classes,) to the bias of the output layer; returns what logits have more now."""
+    added = numbers.astype(np.float32)
+    with torch.no_grad():
+        model.head.bias += torch.from_numpy(added).to(model.device)
+    return added
 
 
 def _blended(
