@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from benchmarks.processes import NotHereError, Offers, in_processes, shared_out
 from ml.artifacts import MANIFEST, artifact_key, read_manifest, write_manifest
@@ -28,7 +30,7 @@ from ml.progress import Progress
 from ml.runner import StageSpec, code_revision, key_of, parameters_of, run_stage
 from ml.sampling.label_sources import HUMAN
 from ml.sampling.split import SPLIT_FILE, Split
-from ml.stages import TrainingSampleParameters, stage_named
+from ml.stages import FastModelParameters, TrainingSampleParameters, stage_named
 
 if TYPE_CHECKING:
     from benchmarks.labelled_offers import SplitBy
@@ -91,8 +93,23 @@ class Workshop:
         release = {"uri": str(path.resolve()), "role": "tree"}
         return self.make("catalog_taxonomy", {}, source=path.name, files=[release])
 
-    def training_sample(self, offers: pa.Table, by: SplitBy, validation_share: float, seed: int) -> Path:
-        """All of ``offers`` as a ``training_sample``, without caps, a share of it to validate on."""
+    def training_sample(
+        self,
+        offers: pa.Table,
+        by: SplitBy,
+        validation_share: float,
+        seed: int,
+        unlabelled: pa.Table | None = None,
+    ) -> Path:
+        """All of ``offers`` as a ``training_sample``, without caps, a share of it to validate on.
+
+        Args:
+            offers: Labelled.
+            by: What validation offers are drawn by.
+            validation_share: Of ``offers``.
+            seed: Of the draw.
+            unlabelled: Further offers; their labels, if they have any, are left out.
+        """
 
         def write(folder: Path) -> dict[str, Any]:
             from ml.sampling.validation_split import write_splits
@@ -103,8 +120,8 @@ class Workshop:
                 split_by="shop" if by == "shop" else "product", validation_share=validation_share, seed=seed
             )
             counts = write_splits(path, parameters)
-            nobody = _labelled(offers.slice(0, 0)).select([*CLEAN_SCHEMA.names, "text"])
-            pq.write_table(nobody, folder / "unlabelled.parquet")
+            others = offers.slice(0, 0) if unlabelled is None else unlabelled
+            pq.write_table(_without_labels(others), folder / "unlabelled.parquet")
             return dict(counts)
 
         return self._keep("training_sample", write)
@@ -186,6 +203,13 @@ def _labelled(offers: pa.Table) -> pa.Table:
         .append_column("label_confidence", pa.array([1.0] * rows, pa.float64()))
         .append_column("text", pa.array(offer_texts(offers), pa.string()))
     )
+
+
+def _without_labels(offers: pa.Table) -> pa.Table:
+    """``offers`` as sampling writes those that nobody labelled."""
+    place = offers.schema.get_field_index("category_id")
+    empty = offers.set_column(place, CLEAN_SCHEMA.field("category_id"), pa.nulls(len(offers), pa.string()))
+    return _labelled(empty).select([*CLEAN_SCHEMA.names, "text"]).sort_by("offer_id")
 
 
 class _OfTexts:
@@ -354,9 +378,7 @@ def with_categories(name: str, folder: Path, categories: int, offers: Offers) ->
     if name == "fast":
         from ml.serving.fast_model import FastModel
 
-        model = FastModel.load(folder)
-        copies = [number % len(model.labels) for number in range(categories)]
-        yield _OfTexts(_repeated(model, copies, labels))
+        yield _OfTexts(_with_outputs(FastModel.load(folder), labels))
         return
     import torch
 
@@ -379,19 +401,25 @@ def with_categories(name: str, folder: Path, categories: int, offers: Offers) ->
         yield _OfTexts(CompiledModel.open(compiled))
 
 
-def _repeated(model: FastModel, copies: list[int], labels: list[str]) -> FastModel:
-    """A fast model with the outputs of another, each as often as it takes."""
+def _with_outputs(model: FastModel, labels: list[str]) -> FastModel:
+    """The n-grams of a fast model under other outputs, in the form that training gives so many of them."""
     from ml.serving.fast_model import FastModel
 
-    readings, directions = model.readings, model.directions
-    if directions is None:
-        readings = {
-            name: msgspec.structs.replace(reading, vectors=reading.vectors[:, copies])
-            for name, reading in readings.items()
-        }
-    else:
-        directions = directions[:, copies]
-    return FastModel(readings, model.bias[copies], directions, labels, model.settings)
+    classes, rank = len(labels), FastModelParameters().rank
+    is_projected = 0 < rank < classes
+    width = rank if is_projected else classes
+    readings = {
+        name: msgspec.structs.replace(reading, vectors=_columns(reading.vectors, width))
+        for name, reading in model.readings.items()
+    }
+    random = np.random.default_rng(0)
+    directions = random.standard_normal((rank, classes), dtype=np.float32) if is_projected else None
+    return FastModel(readings, np.resize(model.bias, classes), directions, labels, model.settings)
+
+
+def _columns(vectors: NDArray[np.float16], width: int) -> NDArray[np.float16]:
+    """So many columns of ``vectors``, each as often as it takes."""
+    return np.ascontiguousarray(vectors[:, np.arange(width) % vectors.shape[1]])
 
 
 COMPILED = "compiled_student"

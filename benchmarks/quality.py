@@ -100,6 +100,7 @@ ABLATIONS: tuple[Ablation, ...] = (
     _teacher("without the linear model", ensemble=False),
     _teacher("without hidden tokens", token_dropout=0.0),
     _teacher("with an epoch of further pretraining", pretraining_epochs=1),
+    _teacher("with a second pass over confident guesses", pseudo_label_epochs=1),
     _teacher("with adapters of rank 16 only", lora_rank=16),
     _student("without distillation", distillation_weight=0.0, label_weight=1.0),
     _student("without labels beside the teacher", label_weight=0.0),
@@ -124,6 +125,8 @@ class Trial:
     """Empty: the main one, on which speed is measured too."""
     train: pa.Table
     test: pa.Table
+    unlabelled: pa.Table | None = None
+    """Offers that our models may read without their labels; peers learn from labels alone."""
 
 
 @dataclass
@@ -221,7 +224,8 @@ def _trials(options: argparse.Namespace) -> tuple[list[Trial], list[str]]:
         raise InputError(
             f"{train.num_rows:,} offers to learn from and {test.num_rows:,} held out: change --share"
         )
-    trials = [Trial("", train, test)]
+    train, unlabelled = _labelled_part(train, options)
+    trials = [Trial("", train, test, unlabelled)]
     for language in options.languages_held_out:
         only = only_languages(test, [language])
         if not only.num_rows:
@@ -229,6 +233,21 @@ def _trials(options: argparse.Namespace) -> tuple[list[Trial], list[str]]:
         trials.append(Trial(f"{language}, trained with it", train, only))
         trials.append(Trial(f"{language}, trained without it", without_languages(train, [language]), only))
     return trials, notes
+
+
+def _labelled_part(train: pa.Table, options: argparse.Namespace) -> tuple[pa.Table, pa.Table | None]:
+    """Those of ``train`` that keep their labels, drawn by product, and the others, if there are to be any.
+
+    Raises:
+        InputError: no offer would keep its label.
+    """
+    if options.labelled_share >= 1:
+        return train, None
+    by = "offer" if options.split_by == "offer" else "product"
+    drawn = divide(train, by, options.labelled_share, options.seed + 1)
+    if not drawn.test.num_rows:
+        raise InputError(f"--labelled-share {options.labelled_share}: no offer keeps its label; raise it")
+    return drawn.test, drawn.train
 
 
 def _compared(bench: Bench, trial: Trial) -> dict[str, Any]:
@@ -267,6 +286,7 @@ def _compared(bench: Bench, trial: Trial) -> dict[str, Any]:
         _write_models(bench, folders, sample, evaluation)
     return {
         "training_offers": trial.train.num_rows,
+        "unlabelled_offers": 0 if trial.unlabelled is None else trial.unlabelled.num_rows,
         "held_out_offers": trial.test.num_rows,
         "categories_to_learn": len(counts),
         "models": rows,
@@ -406,6 +426,7 @@ def _ablated(bench: Bench, trial: Trial) -> dict[str, Any]:
             rows.append({"model": f"{ablation.name}{of}", **row, **compared})
     return {
         "training_offers": trial.train.num_rows,
+        "unlabelled_offers": 0 if trial.unlabelled is None else trial.unlabelled.num_rows,
         "held_out_offers": trial.test.num_rows,
         "models": rows,
     }
@@ -445,7 +466,9 @@ def _datasets(bench: Bench, trial: Trial) -> tuple[Path, Path]:
     options = bench.options
     by = options.split_by
     return (
-        bench.workshop.training_sample(trial.train, by, options.validation_share, options.seed),
+        bench.workshop.training_sample(
+            trial.train, by, options.validation_share, options.seed, trial.unlabelled
+        ),
         bench.workshop.evaluation_set(trial.test, by, options.share, options.seed),
     )
 
@@ -679,6 +702,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--split-by", default="shop", choices=SPLITS)
     parser.add_argument("--share", default=0.2, type=float, help="share of shops (products, offers) held out")
     parser.add_argument("--validation-share", default=0.1, type=float, help="of the rest, for our models")
+    parser.add_argument(
+        "--labelled-share",
+        default=1.0,
+        type=float,
+        help="share of the training offers that keep their label; our models read the others without it",
+    )
     parser.add_argument("--seed", default=17, type=int)
     parser.add_argument("--languages-held-out", nargs="*", default=[], help="train without each, too")
     parser.add_argument("--work", type=Path, help="folder of what is finished; .benchmarks/NAME")

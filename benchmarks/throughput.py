@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         InputError: there are no models in the folder given, or a name is unknown.
     """
     options.work.mkdir(parents=True, exist_ok=True)
-    places = _read_models(options.models) if options.models else _tiny_models(options.work)
+    places = read_models(options.models) if options.models else _tiny_models(options.work)
     offers = Path(places["evaluation_set"]) / "offers.parquet"
     table = pq.read_table(offers)
     folders = {name: Path(folder) for name, folder in places["models"].items()}
@@ -209,7 +209,12 @@ def _draw_curve(points: Sequence[Mapping[str, Any]], axis: str, path: Path) -> N
 # Models
 
 
-def _read_models(folder: Path) -> dict[str, Any]:
+def read_models(folder: Path) -> dict[str, Any]:
+    """What the work folder of a finished ``benchmarks.quality`` says where its models and offers are.
+
+    Raises:
+        InputError: it does not say, or something of it is gone.
+    """
     path = folder / MODELS_FILE
     try:
         places: dict[str, Any] = msgspec.json.decode(path.read_bytes())

@@ -210,3 +210,30 @@ def test_no_stage_sees_a_held_out_offer(feed, monkeypatch):
     assert of_sample
     assert of_evaluation
     assert not (of_sample | of_evaluation) & set(held_out)
+
+
+def test_with_a_labelled_share_the_other_training_offers_are_read_without_their_labels(feed, monkeypatch):
+    arguments, results = feed
+    seen = {}
+
+    def trained(workshop, inputs, last="compiled_student"):
+        for file in ("labelled", "unlabelled"):
+            seen[file] = pq.read_table(inputs["training_sample"] / f"{file}.parquet")
+        return iter(())
+
+    monkeypatch.setattr(Workshop, "train", trained)
+    quality.main([*arguments, "fast"])
+    everything = set(seen["labelled"]["offer_id"].to_pylist())
+    assert not len(seen["unlabelled"])
+    quality.main([*arguments, "fast", "--labelled-share", "0.3"])
+    labelled, unlabelled = seen["labelled"], seen["unlabelled"]
+    assert 0 < len(labelled) < len(everything) / 2
+    ids = [*labelled["offer_id"].to_pylist(), *unlabelled["offer_id"].to_pylist()]
+    assert sorted(ids) == sorted(everything)
+    assert unlabelled["category_id"].null_count == len(unlabelled)
+    assert not labelled["category_id"].null_count
+    figures = msgspec.json.decode((results / "quality_tiny.json").read_bytes())
+    assert figures["training_offers"] == len(labelled)
+    assert figures["unlabelled_offers"] == len(unlabelled)
+    with pytest.raises(SystemExit, match=r"--labelled-share 1e-09: no offer keeps its label"):
+        quality.main([*arguments, "fast", "--labelled-share", "1e-9"])
