@@ -193,7 +193,8 @@ class _Lesson:
         temperature = fit_temperature(model.predict_logits(self._validation.texts), targets)
         probabilities = softmax(model.predict_logits(unlabelled) / temperature)
         guesses, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
-        rows = np.flatnonzero(confidence >= sure).tolist()
+        # A guess that falls on a category without offers is the least certain of all: it is not taken.
+        rows = np.flatnonzero((confidence >= sure) & ~self._cold.numpy()[guesses]).tolist()
         self._context.progress.say(f"{len(rows):,} of {len(unlabelled):,} unlabelled offers are clear enough")
         if not len(rows):
             return 0
@@ -279,7 +280,7 @@ def _put_together(
     if parameters.ensemble:
         linear = _linear_model(context, training, model, parameters)
         of_linear = linear_logits(linear, labels, validation.texts)
-    # Validation offers are all of known categories, so others have no say in how these are weighed.
+    # Categories without offers have no say in how the parts are weighed, nor in how rare ones are lifted.
     weights = _weights(logits, of_linear, targets, cold)
     shares = np.where(cold, 0.0, log_shares(targets_of(labels, training.categories), len(labels)))
     strength = parameters.logit_adjustment

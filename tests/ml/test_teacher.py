@@ -316,3 +316,29 @@ def test_a_category_without_an_offer_is_found_by_its_name(tmp_path: Path) -> Non
     probabilities = teacher.predict_probabilities(["books atlases", "kettle boil red"])
     assert probabilities[0].argmax() == LABELS.index("atlases")
     assert probabilities[1].argmax() == LABELS.index("kettles")
+
+
+def test_a_guess_that_falls_on_a_category_without_offers_is_not_learned_from(tmp_path: Path) -> None:
+    inputs = tiny_inputs(tmp_path, train=96, unlabelled=200)
+    labelled = pq.read_table(inputs["training_sample"] / "labelled.parquet").to_pylist()
+    write_labelled(inputs["training_sample"], [row for row in labelled if row["category_id"] != "atlases"])
+    seal(inputs["training_sample"], "training_sample")
+    parameters = TINY_TEACHER | {
+        "encoder": str(tiny_encoder(tmp_path / "encoder")),
+        "ensemble": False,
+        "epochs": 6,
+        "cold_categories": True,
+        "cold_loss": 1.0,
+        "pseudo_label_epochs": 2,
+        "pseudo_label_confidence": 0.1,
+    }
+    folder, reference = make("teacher_checkpoint", inputs, parameters, tmp_path / "teacher")
+    assert 50 < reference.metrics["pseudo_labelled_rows"] < 200
+    teacher = Teacher.load(folder)
+    assert teacher.labels == LABELS
+    known = [label for label in LABELS if label != "atlases"]
+    texts = [row["text"] for row in labelled if row["category_id"] in known]
+    truth = [row["category_id"] for row in labelled if row["category_id"] in known]
+    probabilities = teacher.predict_probabilities(texts)[:, [LABELS.index(label) for label in known]]
+    answers = [known[place] for place in probabilities.argmax(axis=1)]
+    assert np.mean([given == right for given, right in zip(answers, truth, strict=True)]) > 0.8
