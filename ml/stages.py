@@ -685,7 +685,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="teacher_checkpoint",
-        version="4",
+        version="5",
         summary="Fine-tune the large encoder on the labelled offers, beside a linear model.",
         entry_point="ml.learning.teacher:train_teacher",
         parameters=TeacherParameters,

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from ml.artifacts import read_manifest, short_version
 from ml.learning.calibration import fit_temperature, targets_of, validation_figures
-from ml.learning.devices import best_device, use_available_cores
+from ml.learning.devices import best_device, training_autocast, use_available_cores
 from ml.learning.encoder import Classifier
 from ml.learning.encoder_files import TEACHER
 from ml.learning.labelling import TeacherLabels, check_same_offers, read_teacher_labels
@@ -85,12 +85,13 @@ def train_student(context: StageContext, parameters: StudentParameters) -> dict[
         f"{len(data.texts):,} offers to learn from "
         f"({int((data.targets >= 0).sum()):,} labelled), {len(validation.texts):,} to validate on"
     )
-    loss = DistillationLoss(data, parameters, device)
+    loss, plan = DistillationLoss(data, parameters, device), TrainingArguments.of(parameters)
 
     def initialise() -> None:
         if started or parameters.encoder != TEACHER:
             context.progress.say("initialising the output layer")
-            (started or model).initialise_head(data.labelled.texts, data.labelled.categories, names)
+            with training_autocast(device, plan.precision):
+                (started or model).initialise_head(data.labelled.texts, data.labelled.categories, names)
 
     def validate() -> dict[str, float]:
         return _figures(model.predict_logits(validation.texts), labels, validation.categories, data)
@@ -102,7 +103,7 @@ def train_student(context: StageContext, parameters: StudentParameters) -> dict[
         batch_loss=loss,
         validate=validate,
         initialise=initialise,
-        plan=TrainingArguments.of(parameters),
+        plan=plan,
         checkpoints=context.checkpoints,
         progress=context.progress,
     )

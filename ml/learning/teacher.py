@@ -31,7 +31,7 @@ from ml.artifacts import read_manifest, short_version
 from ml.learning.adapters import add_adapters, merge_adapters
 from ml.learning.calibration import fit_temperature, softmax, targets_of, validation_figures
 from ml.learning.cold_categories import NamedLayer, bias_of_cold, cold_among, without_cold
-from ml.learning.devices import best_device, use_available_cores
+from ml.learning.devices import best_device, training_autocast, use_available_cores
 from ml.learning.encoder import Classifier, ClassifierSettings, TokenizedTexts
 from ml.learning.ensemble import EnsembleWeights, Teacher, fit_weights, linear_logits
 from ml.learning.fast_model import Examples, fit_fast_model
@@ -176,9 +176,10 @@ class _Lesson:
                     self._context.progress,
                 )
             self._context.progress.say("initialising the output layer")
-            (started or model).initialise_head(training.texts, training.categories, self._names)
-            if isinstance(model.head, NamedLayer):
-                model.head.start(model.predict_embeddings(self._names))
+            with training_autocast(model.device, self._plan.precision):
+                (started or model).initialise_head(training.texts, training.categories, self._names)
+                if isinstance(model.head, NamedLayer):
+                    model.head.start(model.predict_embeddings(self._names))
 
         return self._train(model, training, self._plan, self._context.checkpoints, initialise)
 

@@ -106,13 +106,19 @@ def train(
 
     Returns:
         The final state, with the learning curve.
+
+    Raises:
+        RuntimeError: called inside autocast.
     """
+    if torch.is_autocast_enabled(model.device.type):
+        raise RuntimeError(
+            "inside autocast, whose copies of the weights are kept, no step would see the last"
+        )
     world, fabric = world_from_environment(), start_fabric(model.device, plan.precision)
     optimiser = _optimiser(model, plan)
     state = _resume(model, optimiser, checkpoints, progress)
     if state is None:
-        with training_autocast(model.device, plan.precision):
-            initialise()
+        initialise()
         state = TrainingState()
     for point in state.curve:
         progress.figures(point)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -11,6 +12,7 @@ from ml.learning.pretraining import contrastive_loss, pretrain
 from ml.learning.training import TrainingArguments
 from ml.offers import TEXT_VERSION
 from ml.progress import Progress
+from ml.stages import Precision
 from tests.ml.tiny_models import WORDS_OF, tiny_encoder
 
 PLAN = TrainingArguments(
@@ -44,11 +46,13 @@ def loss(model: Classifier) -> float:
     return contrastive_loss(first, second).item()
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_encoder_learns_to_find_the_rest_of_an_offer_by_its_title(
-    model: Classifier, tmp_path: Path
+    model: Classifier, tmp_path: Path, precision: Precision
 ) -> None:
     before, head, labels = loss(model), model.head.weight.clone(), model.labels
-    pretrain(model, TEXTS, PLAN, tmp_path / "checkpoints", Progress("test"))
+    plan = msgspec.structs.replace(PLAN, precision=precision)
+    pretrain(model, TEXTS, plan, tmp_path / "checkpoints", Progress("test"))
     assert loss(model) < before - 0.3
     assert torch.equal(model.head.weight, head)
     assert model.labels == labels

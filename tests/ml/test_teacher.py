@@ -285,6 +285,7 @@ def test_confident_guesses_are_learned_from(tmp_path: Path) -> None:
         "pretraining_epochs": 1,
         "pseudo_label_epochs": 1,
         "pseudo_label_confidence": 0.5,
+        "precision": "bfloat16",
     }
     folder, reference = make("teacher_checkpoint", inputs, parameters, tmp_path / "teacher")
     assert 50 < reference.metrics["pseudo_labelled_rows"] <= 200

@@ -103,6 +103,14 @@ def assert_same_end(run: Run, state: TrainingState, other: Run, other_state: Tra
         assert torch.equal(run.weights()[name], tensor), name
 
 
+def test_a_training_inside_autocast_is_refused(start_run: Callable[[str], Run]) -> None:
+    """It keeps the first low-precision copy of every weight, so that no step would see the one before."""
+    run = start_run("inside")
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(RuntimeError, match="inside autocast"):
+        run.train()
+    assert not run.initialised
+
+
 @pytest.mark.parametrize("killed_at_step", [3, 5, 7])
 def test_a_killed_and_resumed_run_ends_like_one_that_was_not(
     start_run: Callable[[str], Run], killed_at_step: int
