@@ -7,6 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("deterministic", deadline=None, derandomize=True)
+settings.load_profile("deterministic")
+"""The same examples every time, however busy the machine is."""
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 """Tiny models gain nothing by threads, and several test processes lose by them: idle threads spin."""
