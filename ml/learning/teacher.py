@@ -287,7 +287,7 @@ def _put_together(
     strength = parameters.logit_adjustment
     if strength is None:
         blended = np.where(cold, -np.inf, _blended(logits, of_linear, weights))
-        strength = choose_strength(blended, targets, shares.astype(np.float32))
+        strength = choose_strength(blended, targets, shares)
     if strength and weights.encoder:
         # What is subtracted from the sum of both is a bias of the encoder's output layer.
         logits = logits + _add_to_bias(model, -strength / weights.encoder * shares)

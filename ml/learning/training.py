@@ -111,9 +111,7 @@ def train(
         RuntimeError: called inside autocast.
     """
     if torch.is_autocast_enabled(model.device.type):
-        raise RuntimeError(
-            "inside autocast, whose copies of the weights are kept, no step would see the last"
-        )
+        raise RuntimeError("a training inside autocast would compute with its first copies of the weights")
     world, fabric = world_from_environment(), start_fabric(model.device, plan.precision)
     optimiser = _optimiser(model, plan)
     state = _resume(model, optimiser, checkpoints, progress)

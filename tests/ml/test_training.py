@@ -106,7 +106,10 @@ def assert_same_end(run: Run, state: TrainingState, other: Run, other_state: Tra
 def test_a_training_inside_autocast_is_refused(start_run: Callable[[str], Run]) -> None:
     """It keeps the first low-precision copy of every weight, so that no step would see the one before."""
     run = start_run("inside")
-    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(RuntimeError, match="inside autocast"):
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(RuntimeError, match="training inside autocast"),
+    ):
         run.train()
     assert not run.initialised
 
