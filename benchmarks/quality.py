@@ -106,9 +106,10 @@ ABLATIONS: tuple[Ablation, ...] = (
     _student("without labels beside the teacher", label_weight=0.0),
     _student("without hidden tokens", token_dropout=0.0),
     _student("with the whole vocabulary", trim_vocabulary=False),
+    _student("whose last layer computes every token", pooling="mean"),
     *(
         _student(f"of {layers} layers, {tokens} tokens", layers=layers, max_tokens=tokens)
-        for layers, tokens in ((1, 16), (1, 32), (2, 16), (3, 48))
+        for layers, tokens in ((1, 16), (1, 32), (2, 16), (2, 48), (3, 32), (3, 48))
     ),
 )
 """What is tried. A new ingredient of a stage is one more entry that switches it off."""

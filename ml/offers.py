@@ -166,6 +166,11 @@ def title_of(text: str) -> str:
     return text.partition(_SEPARATOR)[0]
 
 
+def is_blank(value: Any) -> bool:
+    """Whether :func:`offer_text` finds nothing to read in this value of a column."""
+    return not _field(value)
+
+
 def _text(title: str, brand: str, shop_category: str, description: str) -> str:
     title = _cut(title, _TITLE_CHARACTERS)
     folded = title.casefold()

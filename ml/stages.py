@@ -30,6 +30,7 @@ Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 Count = Annotated[int, Meta(ge=1)]
 Seed = Annotated[int, Meta(ge=0, description="Seed of every random choice of this stage.")]
 Precision = Literal["auto", "bfloat16", "float32"]
+Pooling = Literal["mean", "query"]
 
 TrainingPrecision = Annotated[
     Precision,
@@ -281,6 +282,13 @@ class StudentParameters(Parameters, frozen=True, kw_only=True):
         str, Meta(description="SHA-256 of the encoder's weights; empty: not checked.")
     ] = ""
     layers: Annotated[Count, Meta(description="Encoder layers kept, spread evenly over the original's.")] = 2
+    pooling: Annotated[
+        Pooling,
+        Meta(
+            description="'query': the last layer computes one vector per text, which the mean of its tokens "
+            "asks for; needs layers like BERT's. 'mean': one per token, and their mean."
+        ),
+    ] = "query"
     max_tokens: Annotated[
         int, Meta(ge=8, le=512, description="Longer texts are cut to this many tokens.")
     ] = 32

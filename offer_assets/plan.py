@@ -24,6 +24,7 @@ from ml.stages import (
     HyperparameterSearchParameters,
     MigratedLabelsParameters,
     Parameters,
+    Pooling,
     Precision,
     ServingBenchmarkParameters,
     StudentParameters,
@@ -69,6 +70,9 @@ class TrainingPlan(dg.ConfigurableResource):
     cold_loss: float = Field(description="Accuracy on validation offers that those may cost the others.")
     student_encoder: str = Field(description="'teacher' (layers of it) or an encoder as for the teacher.")
     student_layers: int = Field(description="Encoder layers of the student.")
+    student_pooling: Pooling = Field(
+        description="Whether tokens become one vector behind the student's last layer, or before it."
+    )
     student_max_tokens: int = Field(description="The student cuts longer offer texts to this many tokens.")
     student_epochs: int = Field(description="Passes of the student over the teacher's labels.")
     student_learning_rate: float = Field(description="Peak learning rate of the student's encoder.")
@@ -136,6 +140,7 @@ class TrainingPlan(dg.ConfigurableResource):
             encoder=self.student_encoder,
             encoder_digest=encoder_digest(self.student_encoder),
             layers=self.student_layers,
+            pooling=self.student_pooling,
             max_tokens=self.student_max_tokens,
             epochs=self.warm_student_epochs if warm else self.student_epochs,
             learning_rate=self.student_learning_rate,

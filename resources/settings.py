@@ -25,6 +25,7 @@ from ml.learning.encoder_files import PACKAGED_ENCODER, split_layers
 from ml.stages import (
     FastModelParameters,
     Parameters,
+    Pooling,
     Precision,
     ServingBenchmarkParameters,
     StudentParameters,
@@ -333,6 +334,12 @@ class Settings(AwsSettings):
         ge=1,
         validation_alias="OFFER_ASSETS_STUDENT_LAYERS",
         description="Encoder layers that the student keeps.",
+    )
+    student_pooling: Pooling = Field(
+        default=_default(StudentParameters, "pooling"),
+        validation_alias="OFFER_ASSETS_STUDENT_POOLING",
+        description="query: the student's last layer computes one vector per text, for encoders with layers "
+        "like BERT's; mean: one per token, which takes longer.",
     )
     student_max_tokens: int = Field(
         default=_default(StudentParameters, "max_tokens"),

@@ -1,7 +1,7 @@
 """An encoder with an output layer: what it computes, how it is stored.
 
 :class:`Classifier` is both teacher and student. Text goes in, one logit per category comes out:
-tokens, transformer, mean over the tokens, length one, linear layer. Where the
+tokens, transformer, one vector (:mod:`ml.learning.pooling`), length one, linear layer. Where the
 encoder comes from is in :mod:`ml.learning.encoder_files`, training in :mod:`ml.learning.training`.
 """
 
@@ -30,10 +30,10 @@ from ml.learning.calibration import softmax
 from ml.learning.devices import autocast, best_device
 from ml.learning.distributed import add_up, own_share
 from ml.learning.encoder_files import encoder_folder
+from ml.learning.pooling import MEAN, POOLINGS, QUERY, layer_stack, pool_before_last_layer, pooled
 from ml.learning.pretrained import load_encoder, load_tokenizer
 from ml.offers import check_text_version
-
-POOLING = "mean"
+from ml.stages import Pooling
 
 _WIDTH_MULTIPLE = 8
 """Batches are padded to a multiple of this: few different shapes, and what bf16 kernels want."""
@@ -49,7 +49,8 @@ class ClassifierSettings(msgspec.Struct, frozen=True, kw_only=True):
     taxonomy_version: str
     max_tokens: int
     instruction: str = ""
-    pooling: str = POOLING
+    pooling: str = MEAN
+    """How the vectors of tokens become one; of :data:`ml.learning.pooling.POOLINGS`."""
     temperature: float = 1.0
 
 
@@ -80,7 +81,7 @@ class TokenizedTexts:
 
 
 class Classifier(nn.Module):
-    """Encoder, mean pooling and linear layer, with the tokenizer and labels that belong to them."""
+    """Encoder, pooling and linear layer, with the tokenizer and labels that belong to them."""
 
     def __init__(
         self,
@@ -96,6 +97,8 @@ class Classifier(nn.Module):
         self.head = head
         self.labels = list(labels)
         self.settings = settings
+        if settings.pooling == QUERY:
+            pool_before_last_layer(encoder)
         self._tokenizer_files = dict(tokenizer_files or {})
         self.with_tokenizer(tokenizer)
 
@@ -144,9 +147,10 @@ class Classifier(nn.Module):
         except (msgspec.DecodeError, SafetensorError) as error:
             raise InputError(f"{folder} is damaged: {error}; delete the folder and make it again") from None
         check_text_version(folder, settings.text_version)
-        if settings.pooling != POOLING:
+        if settings.pooling not in POOLINGS:
             raise InputError(
-                f"{folder / 'classifier.json'}: pooling {settings.pooling!r}, expected {POOLING!r}"
+                f"{folder / 'classifier.json'}: pooling {settings.pooling!r}, expected one of "
+                f"{', '.join(POOLINGS)}"
             )
         encoder = load_encoder(folder / "encoder")
         tokenizer, tokenizer_files = load_tokenizer(folder / "encoder")
@@ -213,6 +217,18 @@ class Classifier(nn.Module):
         self.tokenizer.enable_truncation(self.settings.max_tokens)
         return self
 
+    def with_pooling(self, pooling: Pooling) -> Classifier:
+        """This classifier, in place, with another way from tokens to one vector; ``query`` is for good.
+
+        Raises:
+            InputError: the encoder cannot do that, or pools in its last layer and is to stop.
+        """
+        if pooling == QUERY:
+            pool_before_last_layer(self.encoder)
+        elif self.settings.pooling == QUERY:
+            raise InputError(f"pooling {pooling!r}: the encoder was trained with {QUERY!r} and keeps it")
+        return self.with_settings(pooling=pooling)
+
     def with_head(self, head: nn.Linear, labels: Sequence[str]) -> Classifier:
         """This classifier, in place, with another output layer; row ``i`` belongs to ``labels[i]``."""
         self.head = head
@@ -246,9 +262,8 @@ class Classifier(nn.Module):
         ``token_type_ids`` are not passed: every encoder takes them as zeros, or has none.
         """
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
-        mean = (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1.0)
-        return functional.normalize(mean.float(), dim=-1)
+        vectors = pooled(hidden, attention_mask, self.settings.pooling)
+        return functional.normalize(vectors.float(), dim=-1)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits (rows, classes) of token ids and attention mask, both (rows, width)."""
@@ -321,14 +336,11 @@ class Classifier(nn.Module):
         if count > total:
             raise InputError(f"layers {count}: the encoder has only {total}; lower layers")
         kept = np.linspace(0, total - 1, count).round().astype(int) if count > 1 else [total - 1]
-        stack_name, stack = next(
-            (name, module)
-            for name, module in reduced.encoder.named_modules()
-            if isinstance(module, nn.ModuleList) and len(module) == total
-        )
-        parent_name, _, attribute = stack_name.rpartition(".")
-        parent = reduced.encoder.get_submodule(parent_name)
-        setattr(parent, attribute, nn.ModuleList(stack[int(layer)] for layer in kept))
+        stack = layer_stack(reduced.encoder)
+        chosen = [stack[int(layer)] for layer in kept]
+        del stack[count:]
+        for place, layer in enumerate(chosen):
+            stack[place] = layer
         config.num_hidden_layers = count
         return reduced
 

@@ -168,7 +168,7 @@ def _untrained_student(
     teacher: Classifier, parameters: StudentParameters, texts: Sequence[str]
 ) -> Classifier:
     """The student before its first step; its vocabulary is what ``texts`` use, if it is to be trimmed."""
-    student = _with_fewer_layers(teacher, parameters)
+    student = _with_fewer_layers(teacher, parameters).with_pooling(parameters.pooling)
     return trim_vocabulary(student, texts) if parameters.trim_vocabulary else student
 
 

@@ -224,6 +224,9 @@ def _check_fits(
     layers = int(earlier.encoder.config.num_hidden_layers)
     if isinstance(parameters, StudentParameters) and parameters.layers != layers:
         differences.append(f"{parameters.layers} layers instead of {layers}")
+    pooling = earlier.settings.pooling
+    if isinstance(parameters, StudentParameters) and parameters.pooling != pooling:
+        differences.append(f"pooling {parameters.pooling} instead of {pooling}")
     if differences:
         raise InputError(
             f"warm_start {folder} was trained otherwise: now {', '.join(differences)}; retrain fully "

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ml.learning.encoder import Classifier
+from ml.learning.pooling import in_company
 from ml.serving.graphs import INPUT_NAME, OUTPUT_NAME
 from ml.serving.quiet import quiet
 
@@ -29,7 +30,8 @@ class _TextsOfOneLength(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         hidden = self._encoder(input_ids=input_ids).last_hidden_state
-        # A sum points where the mean does, and has its length taken away. Products of small matrices, one
+        # A sum points where the mean does, and has its length taken away; an encoder that pools itself
+        # returns one vector, and that is its sum. Products of small matrices, one
         # pair for each text, are computed alike for any number of texts; ReduceMean and ReduceL2 are not.
         ones = torch.ones_like(hidden[:, :, :1]).transpose(1, 2)
         total = torch.bmm(ones, hidden)
@@ -49,7 +51,7 @@ def export(classifier: Classifier) -> onnx.ModelProto:
     ids = torch.full((3, 8), classifier.pad_id, dtype=torch.int64)
     texts = torch.export.Dim("texts", min=1, max=1024)
     length = torch.export.Dim("length", min=2, max=classifier.settings.max_tokens)
-    with quiet():
+    with quiet(), in_company(classifier.encoder):
         program = torch.onnx.export(
             _TextsOfOneLength(classifier),
             (ids,),

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ml.artifacts import short_version, verify
 from ml.errors import InputError
-from ml.offers import offer_text
+from ml.offers import is_blank, offer_text
 from ml.serving.cascade import FAST, FAST_FOLDER, STUDENT, Cascade, CascadeSettings, Floats, Tier, best_labels
 from ml.serving.compiled_model import CompiledModel
 from ml.serving.fast_model import FastModel
@@ -293,7 +293,7 @@ def problem_of(offer: Mapping[str, Any]) -> str | None:
             return f"{name} is not valid Unicode"
     if offer.get("title") is None:
         return "title is missing"
-    return None if offer_text({"title": offer["title"]}) else "title is empty"
+    return "title is empty" if is_blank(offer["title"]) else None
 
 
 def _is_unicode(text: str) -> bool:

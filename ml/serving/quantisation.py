@@ -165,7 +165,7 @@ class _Rows(_Graph):
             elif together := products.pop(node.input[0], None):
                 nodes += self._products(node.input[0], together)
         self.model.opset_import.append(helper.make_opsetid(_CONTRIB, 1))
-        return self.with_nodes(self._with_joint_norms(nodes))
+        return self.with_nodes(nodes)
 
     def _products(self, rows: str, together: list[NodeProto]) -> list[NodeProto]:
         """Instead of all products of the same rows (queries, keys, values): a single one in int8."""
@@ -247,30 +247,6 @@ class _Rows(_Graph):
         found = self.bias(users[0]) if len(users) == 1 else None
         return (users[0], found[0]) if found else None
 
-    def _with_joint_norms(self, nodes: list[NodeProto]) -> list[NodeProto]:
-        """Bias, residual and layer norm as one operator; ONNX Runtime does not join them in this opset."""
-        joined: dict[str, NodeProto] = {}
-        gone = set()
-        for norm in nodes:
-            residual = self.maker.get(norm.input[0]) if norm.op_type == "LayerNormalization" else None
-            if residual is None or residual.op_type != "Add" or len(self.users[residual.output[0]]) > 1:
-                continue
-            for number, name in enumerate(residual.input):
-                biased = self.maker.get(name)
-                found = self.bias(biased) if biased is not None and len(self.users[name]) == 1 else None
-                if biased is not None and found is not None:
-                    bias, operand = found
-                    joined[norm.output[0]] = _node(
-                        "SkipLayerNormalization",
-                        [operand, residual.input[1 - number], *norm.input[1:3], bias],
-                        norm.output[0],
-                        domain=_CONTRIB,
-                        epsilon=_attribute(norm, "epsilon", 1e-5),
-                    )
-                    gone |= {residual.output[0], biased.output[0]}
-                    break
-        return [joined.get(node.output[0], node) for node in nodes if node.output[0] not in gone]
-
     def _last_axis(self) -> str:
         return self.constant("last_axis", np.array([-1], dtype=np.int64))
 
@@ -315,7 +291,3 @@ def _int8(weights: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.fl
 
 def _node(operator: str, inputs: list[str], output: str, **attributes: object) -> NodeProto:
     return helper.make_node(operator, inputs, [output], name=output, **attributes)
-
-
-def _attribute(node: NodeProto, name: str, otherwise: float) -> float:
-    return next((float(each.f) for each in node.attribute if each.name == name), otherwise)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ml.learning.encoder import Classifier, plain_attention
+from ml.learning.pooling import pooled
 from ml.progress import Progress
 from ml.serving import neuron
 from ml.serving.compiled_model import NEURON, Bucket, TracedForm
@@ -47,15 +48,15 @@ class StaticClassifier(nn.Module):
         super().__init__()
         self.encoder = classifier.encoder
         self.head = classifier.head
+        self._pooling = classifier.settings.pooling
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits, float32."""
         mask = attention_mask.to(self.head.weight.dtype)
         additive = (1.0 - mask)[:, None, None, :] * _MASKED
         hidden = self.encoder(input_ids=input_ids, attention_mask=additive).last_hidden_state
-        weights = mask.unsqueeze(-1)
-        mean = (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1.0)
-        logits: Tensor = self.head(functional.normalize(mean.float(), dim=-1))
+        vectors = pooled(hidden, mask, self._pooling)
+        logits: Tensor = self.head(functional.normalize(vectors.float(), dim=-1))
         return logits.float()
 
 

@@ -438,3 +438,5 @@ def test_a_student_is_no_start_for_a_teacher_and_keeps_its_layers(
     del inputs["student_checkpoint"]
     with pytest.raises(InputError, match="now 3 layers instead of 2; retrain fully"):
         make("student_checkpoint", inputs, TINY_STUDENT | {"layers": 3}, tmp_path / "student")
+    with pytest.raises(InputError, match="now pooling mean instead of query; retrain fully"):
+        make("student_checkpoint", inputs, TINY_STUDENT | {"pooling": "mean"}, tmp_path / "student")
