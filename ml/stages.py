@@ -775,7 +775,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="compiled_student",
-        version="8",
+        version="9",
         summary="Compile the student for a target, put the fast model before it, compare with the original.",
         entry_point="ml.serving.compilation:compile_student",
         parameters=CompileParameters,
