@@ -48,6 +48,9 @@ class PooledLayer(nn.Module):
             attention_mask: (texts, 1, any, tokens), the same in each row of a text: true for a token, or what
                 is added to attention, 0 for a token and very negative for padding; None: all are tokens.
             *_: What transformers passes to layers of decoders; so does ``__``.
+
+        Raises:
+            ValueError: the mask has another form, as some kernels of attention want it.
         """
         added = _added(attention_mask)
         own = self.attention.self
@@ -150,6 +153,8 @@ def _added(mask: Tensor | None) -> Tensor | None:
     """What is added to the attention of each text's tokens, (texts, 1, 1, tokens): 0, or very negative."""
     if mask is None:
         return None
+    if mask.ndim != 4:
+        raise ValueError(f"attention mask of shape {tuple(mask.shape)}: use attention 'sdpa' or 'eager'")
     row = mask[:, :, :1]
     if row.dtype == torch.bool:
         return torch.zeros(row.shape, device=row.device).masked_fill(~row, torch.finfo(torch.float32).min)

@@ -146,3 +146,9 @@ def test_what_was_trained_to_pool_early_does_not_stop(tmp_path: Path) -> None:
     classifier = a_classifier(tmp_path / "encoder").with_pooling(QUERY)
     with pytest.raises(InputError, match="was trained with 'query'"):
         classifier.with_pooling(MEAN)
+
+
+def test_a_mask_of_another_form_is_not_misread(tmp_path: Path) -> None:
+    layer = layer_stack(a_classifier(tmp_path / "encoder").with_pooling(QUERY).encoder)[-1]
+    with pytest.raises(ValueError, match=r"shape \(2, 3\)"):
+        layer(torch.zeros(2, 3, 32), torch.ones(2, 3))
