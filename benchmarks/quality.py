@@ -109,7 +109,7 @@ ABLATIONS: tuple[Ablation, ...] = (
     _student("whose last layer computes every token", pooling="mean"),
     *(
         _student(f"of {layers} layers, {tokens} tokens", layers=layers, max_tokens=tokens)
-        for layers, tokens in ((1, 16), (1, 32), (2, 16), (2, 48), (3, 32), (3, 48))
+        for layers, tokens in ((1, 16), (1, 32), (1, 48), (1, 64), (2, 16), (2, 48), (3, 32))
     ),
 )
 """What is tried. A new ingredient of a stage is one more entry that switches it off."""
