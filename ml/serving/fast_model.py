@@ -37,7 +37,7 @@ _VOCABULARY_FILE, _WEIGHTS_FILE = "vocabulary.txt", "weights.safetensors"
 READINGS = ("title", "text")
 """What is read: the title alone, and everything."""
 
-TABLE_BYTES = 128 * 2**20
+TABLE_BYTES = 96 * 2**20
 """Of the words of one reading that are remembered, unless one is asked for another bound."""
 
 TEXTS_AT_ONCE = 1 << (63 - KEY_BITS)
