@@ -536,7 +536,7 @@ PEERS = (
         "SetFit, 8 offers of each category",
         _setfit,
         _open_sentence_transformers,
-        lambda rows, categories: _SETFIT_STEPS * 0.6 + rows / 120 + rows * categories * 1e-5,
+        lambda rows, categories: _SETFIT_STEPS * 2.0 + rows / 120 + rows * categories * 1e-5,
     ),
     Peer(
         "pipeline",
