@@ -85,29 +85,29 @@ class PooledLayer(nn.Module):
         return result[:-1]
 
 
-def check_pooling(encoder: Any, pooling: Pooling) -> None:
-    """Raises :class:`InputError` if the layers of the encoder cannot do that."""
-    if pooling == QUERY and not isinstance(last := layer_stack(encoder)[-1], PooledLayer):
-        attention = getattr(last, "attention", None)
-        needed = [(last, name) for name in ("attention", "intermediate", "output")]
-        needed += [(getattr(attention, "self", None), name) for name in ("query", "key", "value")]
-        if not all(hasattr(owner, name) for owner, name in needed):
-            raise InputError(
-                f"pooling {QUERY!r} needs layers built like BERT's, and those of a "
-                f"{type(encoder).__name__} are not; set pooling to {MEAN!r}"
-            )
-
-
 def pool_before_last_layer(encoder: Any) -> None:
     """Make the last layer of the encoder a :class:`PooledLayer`, in place, unless it is one.
 
     Raises:
         InputError: its layers are built otherwise.
     """
-    check_pooling(encoder, QUERY)
     stack = layer_stack(encoder)
-    if not isinstance(stack[-1], PooledLayer):
-        stack[-1] = PooledLayer(stack[-1]).train(stack[-1].training)
+    last = stack[-1]
+    if isinstance(last, PooledLayer):
+        return
+    if not _is_like_berts(last):
+        raise InputError(
+            f"pooling {QUERY!r} needs layers built like BERT's, and those of a {type(encoder).__name__} are "
+            f"not; set pooling to {MEAN!r}"
+        )
+    stack[-1] = PooledLayer(last).train(last.training)
+
+
+def _is_like_berts(layer: Any) -> bool:
+    attention = getattr(getattr(layer, "attention", None), "self", None)
+    parts = [(layer, name) for name in ("attention", "intermediate", "output")]
+    parts += [(attention, name) for name in ("query", "key", "value")]
+    return all(hasattr(owner, name) for owner, name in parts)
 
 
 def pooled(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
@@ -125,11 +125,16 @@ def pooled(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
 
 
 def layer_stack(encoder: Any) -> nn.ModuleList:
-    """The transformer layers of an encoder, from the first to the last."""
+    """The transformer layers of an encoder, from the first to the last.
+
+    Raises:
+        InputError: there is no such list, as where all layers share their weights.
+    """
     total = int(encoder.config.num_hidden_layers)
-    return next(
-        module for module in encoder.modules() if isinstance(module, nn.ModuleList) and len(module) == total
-    )
+    for module in encoder.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == total:
+            return module
+    raise InputError(f"{type(encoder).__name__} has no list of {total} layers of which some could be taken")
 
 
 @contextmanager

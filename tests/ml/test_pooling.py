@@ -152,3 +152,16 @@ def test_a_mask_of_another_form_is_not_misread(tmp_path: Path) -> None:
     layer = layer_stack(a_classifier(tmp_path / "encoder").with_pooling(QUERY).encoder)[-1]
     with pytest.raises(ValueError, match=r"shape \(2, 3\)"):
         layer(torch.zeros(2, 3, 32), torch.ones(2, 3))
+
+
+def test_an_encoder_whose_layers_are_one_is_refused_by_name(tmp_path: Path) -> None:
+    from transformers import AlbertConfig, AlbertModel
+
+    folder = tiny_encoder(tmp_path / "encoder")
+    config = AlbertConfig(
+        vocab_size=400, embedding_size=16, hidden_size=16, num_hidden_layers=3, num_attention_heads=2
+    )
+    AlbertModel(config).save_pretrained(folder)
+    classifier = Classifier.from_encoder(str(folder), LABELS, SETTINGS)
+    with pytest.raises(InputError, match="AlbertModel has no list of 3 layers"):
+        classifier.keep_layers(2)
