@@ -3,8 +3,8 @@
 Behind it (``mean``) is how sentence encoders are trained. Before it (``query``), the last layer computes one
 vector per text instead of one per token: the mean of the tokens asks, all tokens answer ("pool-query-only"
 attention of Funnel-Transformer, Dai, Lai, Yang and Le, 2020, down to a length of one). What is left of that
-layer for each token are its key and value, a sixth of the work, so that a student of two layers is nearly
-twice as fast. Weights are those of the layer as it was, and are stored as such.
+layer for each token are its key and value, a sixth of the work: a student of two layers has six tenths of
+the work that it had. Weights are those of the layer as it was, and are stored as such.
 """
 
 from __future__ import annotations
