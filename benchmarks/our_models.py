@@ -44,7 +44,6 @@ STAGES = ("teacher_checkpoint", "teacher_labels", "fast_checkpoint", "student_ch
 
 THOROUGH: Parameters = {
     "teacher_checkpoint": {"epochs": 4, "max_tokens": 96, "learning_rate": 1.5e-4},
-    "student_checkpoint": {"epochs": 5},
 }
 """How a benchmark trains: what the settings' defaults spare, so that a demo takes minutes, and README.md
 recommends for labelled offers that matter."""

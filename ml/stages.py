@@ -292,7 +292,7 @@ class StudentParameters(Parameters, frozen=True, kw_only=True):
     max_tokens: Annotated[
         int, Meta(ge=8, le=512, description="Longer texts are cut to this many tokens.")
     ] = 32
-    epochs: Annotated[Count, Meta(description="Passes over labelled and unlabelled offers.")] = 4
+    epochs: Annotated[Count, Meta(description="Passes over labelled and unlabelled offers.")] = 5
     batch_size: Count = 32
     learning_rate: Annotated[float, Meta(gt=0, description="Peak rate of the encoder (AdamW).")] = 2e-4
     head_learning_rate: Annotated[float, Meta(gt=0, description="Peak rate of the output layer.")] = 1e-3
