@@ -87,9 +87,7 @@ def test_all_of_the_last_layer_learns(tmp_path: Path) -> None:
     classifier = a_classifier(tmp_path / "encoder").with_pooling(QUERY).train()
     ids, mask = classifier.tokenize(TEXTS).padded(np.arange(4), classifier.pad_id)
     classifier(ids, mask).square().sum().backward()
-    # A key's bias moves all scores of a text alike, which softmax does not see.
-    still = {name for name, each in classifier.named_parameters() if each.grad is None}
-    assert still == set()
+    assert {name for name, each in classifier.named_parameters() if each.grad is None} == set()
 
 
 def test_compiled_forms_answer_like_the_original(tmp_path: Path) -> None:
@@ -98,7 +96,9 @@ def test_compiled_forms_answer_like_the_original(tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(
         export(classifier).SerializeToString(), providers=["CPUExecutionProvider"]
     )
-    assert not layer_stack(classifier.encoder)[-1].has_company  # type: ignore[union-attr]
+    layer = layer_stack(classifier.encoder)[-1]
+    assert isinstance(layer, PooledLayer)
+    assert not layer.has_company
     static = StaticClassifier(classifier).eval()
     for text in TEXTS:
         ids = np.array([classifier.tokenizer.encode(text).ids])
