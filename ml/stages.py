@@ -693,7 +693,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="teacher_checkpoint",
-        version="5",
+        version="6",
         summary="Fine-tune the large encoder on the labelled offers, beside a linear model.",
         entry_point="ml.learning.teacher:train_teacher",
         parameters=TeacherParameters,
@@ -731,7 +731,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="encoder_comparison",
-        version="1",
+        version="2",
         summary="Train several encoders alike and compare quality, throughput and size.",
         entry_point="ml.learning.encoder_comparison:compare_encoders",
         parameters=EncoderComparisonParameters,
@@ -740,7 +740,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="hyperparameter_search",
-        version="1",
+        version="2",
         summary="Search for better parameters of teacher, student or fast model.",
         entry_point="ml.learning.hyperparameter_search:search_hyperparameters",
         parameters=HyperparameterSearchParameters,
@@ -750,7 +750,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="student_evaluation",
-        version="4",
+        version="5",
         summary="Measure teacher, student, fast model and the version in production on the evaluation set.",
         entry_point="ml.evaluation.stage:evaluate_student",
         parameters=EvaluationParameters,
@@ -775,7 +775,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="compiled_student",
-        version="9",
+        version="10",
         summary="Compile the student for a target, put the fast model before it, compare with the original.",
         entry_point="ml.serving.compilation:compile_student",
         parameters=CompileParameters,

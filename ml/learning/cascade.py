@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from ml.learning.averaging import choose_share
 from ml.learning.calibration import fit_temperature, targets_of
 from ml.learning.risk_control import (
     CONFIDENCE,
@@ -71,7 +72,6 @@ FAST_GRID = (
 how it looks on the offers it is tested on; has all of :data:`REVIEW_GRID`, see
 :meth:`CascadeSettings.fast_from`."""
 
-_FAST_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _LEAST_OFFERS_FOR_TEMPERATURE = 200
 """Of a country, so that one more number may be fitted on them."""
 
@@ -144,7 +144,7 @@ def choose_cascade(
     targets = targets_of(labels, offers.category_ids)
     fast_logs = placed_logs(fast_probabilities, places_in(fast.labels, labels), len(labels))
     student_logs = placed_logs(student.probabilities, places_in(student.labels, labels), len(labels))
-    weight = _best_weight(fast_logs, student_logs, targets)
+    weight = choose_share(lambda share: blended(fast_logs, student_logs, share), targets)
     deep_logs = blended(fast_logs, student_logs, weight)
     deep_temperatures = _temperatures(deep_logs, targets, countries)
     deep = softmax(deep_logs / deep_temperatures.of(offers.countries)[:, None])
@@ -277,25 +277,6 @@ def _groups(countries: Strings, country_offers: int) -> dict[str, Mask]:
     large = sorted(name for name, size in sizes.items() if name and size >= country_offers)
     groups: dict[str, Mask] = {name: countries == name for name in large}
     return {OTHER_COUNTRIES: ~np.isin(countries, large), **groups}
-
-
-def _best_weight(fast_logs: Floats, student_logs: Floats, targets: NDArray[np.int64]) -> float:
-    """The weight of the fast model with which answers at their best temperature have the lowest Brier score.
-
-    The score (Brier 1950) is bounded: the fast model is too sure of some wrong answers, which would rule the
-    likelihood. It changes smoothly with the weight, unlike the share of right answers, in which chance rules.
-    """
-    known = targets >= 0
-    if not known.any():
-        return 0.0
-
-    def score(weight: float) -> float:
-        logs = blended(fast_logs[known], student_logs[known], weight)
-        probabilities = softmax(logs / np.float32(fit_temperature(logs, targets[known])))
-        of_truth = probabilities[np.arange(len(logs)), targets[known]]
-        return float(np.mean(1 - 2 * of_truth + np.square(probabilities).sum(axis=1)))
-
-    return min(_FAST_WEIGHTS, key=score)
 
 
 def _temperatures(

@@ -1,8 +1,8 @@
 """The teacher at work: the encoder, and the linear models that make other mistakes.
 
-A linear model knows which words go with which category, an encoder what words mean. Their logits are added
-with two weights that make held-out labels most likely, which calibrates the sum as well. Without a linear
-model the one weight is the inverse of a temperature.
+A linear model knows which words go with which category, an encoder what words mean. Each is calibrated, their
+logits are averaged (:mod:`ml.learning.averaging`), and the average is calibrated once more. All that is two
+weights. Without a linear model the one weight is the inverse of a temperature.
 """
 
 from __future__ import annotations
@@ -13,15 +13,19 @@ from pathlib import Path
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 
 from ml.errors import InputError
-from ml.learning.calibration import LOG_TEMPERATURE_BOUNDS, fit_temperature, log_softmax, softmax
+from ml.learning.averaging import choose_share
+from ml.learning.calibration import fit_temperature, softmax
 from ml.learning.encoder import Classifier
 from ml.serving.fast_model import FastModel
 
 ENSEMBLE_FILE = "ensemble.json"
 LINEAR_FOLDER = "linear"
+
+_LEAST_TEMPERATURE = 0.5
+"""Of an average of two calibrated models: it is their sum, what they would say together if they erred
+independently of each other. A few held-out rows that are all right must not make it surer than that."""
 
 
 class EnsembleWeights(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,30 +99,30 @@ def linear_logits(model: FastModel, labels: Sequence[str], texts: Sequence[str])
 def fit_weights(
     encoder: NDArray[np.floating], linear: NDArray[np.floating] | None, targets: NDArray[np.int64]
 ) -> EnsembleWeights:
-    """The weights that make the classes of held-out rows most likely.
+    """The weights of each part's share (:mod:`ml.learning.averaging`) with which the sum is calibrated.
 
     Args:
-        encoder: Its logits, (rows, classes).
+        encoder: Its logits of held-out rows, (rows, classes).
         linear: The linear model's logits, of the same shape; None: there is none.
         targets: (rows,); rows of unknown class (-1) are left out.
 
     Returns:
-        Weights that are not negative, and not larger than what the lowest temperature stands for; 1 for each
-        part if no row has a known class.
+        Weights that are not negative; 1 for each part if no row has a known class.
     """
-    largest = 1 / float(np.exp(LOG_TEMPERATURE_BOUNDS[0]))
-    known = targets >= 0
     if linear is None:
         return EnsembleWeights(encoder=1 / fit_temperature(encoder, targets))
+    known = targets >= 0
     if not known.any():
         return EnsembleWeights(encoder=1.0, linear=1.0)
-    parts, rows = (encoder[known], linear[known]), np.arange(int(known.sum()))
+    targets = targets[known]
+    temperatures = [fit_temperature(part[known], targets) for part in (encoder, linear)]
+    parts = [part[known] / t for part, t in zip((encoder, linear), temperatures, strict=True)]
 
-    def mean_loss(weights: NDArray[np.float64]) -> float:
-        logits = weights[0] * parts[0] + weights[1] * parts[1]
-        return float(-log_softmax(logits)[rows, targets[known]].mean())
+    def average(share: float) -> NDArray[np.floating]:
+        return (1 - share) * parts[0] + share * parts[1]
 
-    # Each part alone, calibrated, says about what half of the sum should.
-    start = [min(0.5 / fit_temperature(part, targets[known]), largest) for part in parts]
-    found = minimize(mean_loss, start, method="Nelder-Mead", bounds=[(0.0, largest)] * 2)
-    return EnsembleWeights(encoder=float(found.x[0]), linear=float(found.x[1]))
+    share = choose_share(average, targets)
+    temperature = max(fit_temperature(average(share), targets), _LEAST_TEMPERATURE)
+    return EnsembleWeights(
+        encoder=(1 - share) / (temperatures[0] * temperature), linear=share / (temperatures[1] * temperature)
+    )

@@ -314,7 +314,7 @@ def _weights(
     targets: NDArray[np.int64],
     cold: NDArray[np.bool_],
 ) -> EnsembleWeights:
-    """The weights that make the classes of validation offers most likely among those that have offers."""
+    """The weights of both among the categories that have offers."""
     column = np.cumsum(~cold) - 1
     among = np.where((targets >= 0) & ~cold[targets], column[targets], -1)
     return fit_weights(encoder[:, ~cold], None if linear is None else linear[:, ~cold], among)

@@ -41,7 +41,8 @@ def test_units_do_not_matter(parts) -> None:
 def test_a_judge_who_guesses_counts_next_to_nothing(parts) -> None:
     first, _, targets = parts
     noise = np.random.default_rng(6).normal(size=first.shape)
-    assert fit_weights(first, noise, targets).linear < 0.2
+    weights = fit_weights(first, noise, targets)
+    assert weights.linear / fit_temperature(first, targets) < 0.2 * weights.encoder
 
 
 def test_alone_the_weight_is_that_of_the_temperature(parts) -> None:
