@@ -3,7 +3,8 @@
 Post-hoc logit adjustment (Menon et al. 2021, "Long-tail learning via logit adjustment"): a model that was
 trained with cross-entropy has learned the categories' shares too; subtracting ``tau`` times their logarithms
 takes them back. With ``tau`` 1 the balanced error is minimised, with 0 the plain one; which is worth it is
-chosen on validation offers.
+chosen on validation offers. They have only a few of each rare category, so that by chance some ``tau`` looks
+better than none: nothing is adjusted unless resampled validation offers agree that it helps.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ STRENGTHS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 """Candidates for ``tau``."""
 _SPARE_WEIGHTED_F1 = 0.002
 """Weighted F1 that may be given up for a better macro F1."""
+_CONFIDENCE = 0.95
+"""Share of the resamples whose macro F1 has to be better with the adjustment than without."""
+_RESAMPLES = 500
 
 
 def log_shares(targets: NDArray[np.int64], classes: int) -> NDArray[np.float32]:
@@ -33,7 +37,7 @@ def log_shares(targets: NDArray[np.int64], classes: int) -> NDArray[np.float32]:
 def choose_strength(
     logits: NDArray[np.floating], targets: NDArray[np.int64], shares: NDArray[np.float32]
 ) -> float:
-    """The ``tau`` with the best macro F1 of those that cost next to no weighted F1.
+    """The ``tau`` with the best macro F1 of those that cost next to no weighted F1; 0 if that may be chance.
 
     Args:
         logits: Of validation rows, (rows, classes).
@@ -45,12 +49,30 @@ def choose_strength(
     """
     if not len(targets):
         return 0.0
-    figures = {tau: _f1(targets, (logits - tau * shares).argmax(axis=1)) for tau in STRENGTHS}
-    best_weighted = max(weighted for weighted, _ in figures.values())
-    good = {
-        t: macro for t, (weighted, macro) in figures.items() if weighted >= best_weighted - _SPARE_WEIGHTED_F1
-    }
-    return max(good, key=lambda tau: (good[tau], -tau))
+    predicted = {tau: (logits - tau * shares).argmax(axis=1) for tau in STRENGTHS}
+    figures = {tau: _f1(targets, guesses) for tau, guesses in predicted.items()}
+    least, _ = figures[0.0]
+    good = {t: macro for t, (weighted, macro) in figures.items() if weighted >= least - _SPARE_WEIGHTED_F1}
+    best = max(good, key=lambda tau: (good[tau], -tau))
+    gains = _macro_f1_gains(targets, predicted[0.0], predicted[best], len(shares))
+    return best if np.mean(gains > 0) >= _CONFIDENCE else 0.0
+
+
+def _macro_f1_gains(
+    targets: NDArray[np.int64], before: NDArray[np.int64], after: NDArray[np.int64], classes: int
+) -> NDArray[np.float64]:
+    """Macro F1 after minus before, of resamples of the rows (paired bootstrap), (resamples,)."""
+    rng = np.random.default_rng(0)
+    targets = np.where(targets < 0, classes, targets)
+
+    def macro_f1(rows: NDArray[np.int64], predicted: NDArray[np.int64]) -> float:
+        truth, guess = targets[rows], predicted[rows]
+        right = np.bincount(truth[truth == guess], minlength=classes + 1)
+        counted = np.bincount(truth, minlength=classes + 1) + np.bincount(guess, minlength=classes + 1)
+        return float(np.mean(2 * right[counted > 0] / counted[counted > 0]))
+
+    drawn = (rng.integers(len(targets), size=len(targets)) for _ in range(_RESAMPLES))
+    return np.array([macro_f1(rows, after) - macro_f1(rows, before) for rows in drawn])
 
 
 def _f1(targets: NDArray[np.int64], predicted: NDArray[np.int64]) -> tuple[float, float]:
