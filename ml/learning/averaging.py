@@ -24,19 +24,26 @@ _CONFIDENCE = 0.99
 
 
 def choose_share(average: Callable[[float], NDArray[np.floating]], targets: NDArray[np.int64]) -> float:
-    """The share of one of two models; what is left is the other's.
-
-    Of :data:`SHARES` the one that is right most often, if the offers on which it and equal shares differ say
-    so (sign test, one-sided); else equal ones.
+    """The share of one of two models, of :data:`SHARES`; what is left is the other's.
 
     Args:
         average: Gives the averaged logits of held-out offers, (offers, classes), for a share.
         targets: Their classes, (offers,); offers of unknown class (-1) say nothing.
     """
-    right = {share: average(share).argmax(axis=1) == targets for share in SHARES}
-    equal = right[EQUAL]
-    # Of shares that are right equally often the one nearest to equal ones.
-    best = max(SHARES, key=lambda share: (int(right[share].sum()), -abs(share - EQUAL)))
+    return clearly_best(np.array([average(share).argmax(axis=1) == targets for share in SHARES]))
+
+
+def clearly_best(right: NDArray[np.bool_]) -> float:
+    """The share that is right most often, if offers where it and equal ones differ say so; else equal ones.
+
+    They say so by a one-sided sign test. Of shares that are right equally often the one nearest to equal ones
+    is meant.
+
+    Args:
+        right: Whether the average with each of :data:`SHARES` is right, (shares, offers).
+    """
+    equal, counts = right[SHARES.index(EQUAL)], right.sum(axis=1).tolist()
+    best = max(range(len(SHARES)), key=lambda place: (counts[place], -abs(SHARES[place] - EQUAL)))
     gains, losses = int((right[best] & ~equal).sum()), int((equal & ~right[best]).sum())
     p_value = float(binom.sf(gains - 1, gains + losses, 0.5))
-    return best if p_value <= 1 - _CONFIDENCE else EQUAL
+    return SHARES[best] if p_value <= 1 - _CONFIDENCE else EQUAL
