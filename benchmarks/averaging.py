@@ -73,22 +73,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print()
     report.show([_columns(row) for row in rows])
     report.save(f"averaging_{options.name}", {"shares": SHARES, "pairs": rows})
-    path = report.RESULTS / f"averaging_{options.name}.png"
+    for pair in dict.fromkeys(row["pair"] for row in rows):
+        path = report.RESULTS / f"averaging_{options.name}_{pair.split()[0]}.png"
+        _draw([row for row in rows if row["pair"] == pair], path)
+        print(f"drawn in {path}")
+
+
+def _draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """What another share of one pair costs on every feed."""
     curves(
         {
-            f"{row['feed']}, {row['pair']}": [
-                (share, 100 * (right - max(row["held_out_right"])))
+            row["feed"]: [
+                (100 * share, 100 * (max(row["held_out_right"]) - right))
                 for share, right in zip(SHARES, row["held_out_right"], strict=True)
             ]
             for row in rows
         },
         path,
-        title="what another share costs",
-        x_label="share of the linear or fast model",
+        title=f"{rows[0]['pair']}, averaged",
+        x_label="share of the second, %",
         y_label="held-out offers right, points below the best share",
         logarithmic=False,
     )
-    print(f"drawn in {path}")
 
 
 def _rows(folder: Path) -> Iterator[dict[str, Any]]:
