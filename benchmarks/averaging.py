@@ -33,7 +33,7 @@ from benchmarks.throughput import read_models
 from ml.errors import InputError
 from ml.learning.averaging import SHARES, clearly_best
 from ml.learning.calibration import fit_temperature, log_softmax, softmax, targets_of
-from ml.learning.cascade import ValidationOffers, validation_offers
+from ml.learning.cascade import validation_offers
 from ml.learning.encoder import Classifier
 from ml.learning.ensemble import Teacher, linear_logits
 from ml.offers import offer_texts
@@ -108,23 +108,21 @@ def _rows(folder: Path) -> Iterator[dict[str, Any]]:
         raise InputError(f"{folder} has no {missing[0]}: run benchmarks.quality without --only")
     validation = validation_offers(Path(places["training_sample"]))
     table = pq.read_table(Path(places["evaluation_set"]) / "offers.parquet")
-    held_out = ValidationOffers(
-        texts=offer_texts(table), category_ids=table["category_id"].to_pylist(), countries=[]
-    )
+    texts, categories = offer_texts(table), table["category_id"].to_pylist()
     models = {name: Path(places["models"][name]) for name in _NEEDED}
     for pair, labels, logs in (_teacher(models), _served(models)):
         _progress.say(f"{folder.name}: {pair}")
-        parts, of_held_out = logs(validation.texts), logs(held_out.texts)
+        parts, of_held_out = logs(validation.texts), logs(texts)
         yield {
             "feed": folder.name,
             "pair": pair,
             "validation_offers": len(validation.texts),
-            "held_out_offers": len(held_out.texts),
+            "held_out_offers": len(texts),
             **compared(
                 *parts,
                 targets_of(labels, validation.category_ids),
                 *of_held_out,
-                targets_of(labels, held_out.category_ids),
+                targets_of(labels, categories),
             ),
         }
 

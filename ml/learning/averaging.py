@@ -5,7 +5,7 @@ fitted follow chance: what a few hundred offers tell of the difference between 0
 wrong choice costs, so that the plain average is hard to beat (the "forecast combination puzzle", Stock and
 Watson 2004; explained by Smith and Wallis 2009). Likelihood and Brier score have a leaning besides: they are
 ruled by how sure a model is when it is wrong, a model of n-grams on words it does not know above all, which
-the temperature of the average mends afterwards. On real feeds they gave it less than made most answers right.
+the temperature of the average mends afterwards. On most real feeds they gave it less than was best.
 """
 
 from __future__ import annotations

@@ -54,6 +54,8 @@ def choose_strength(
     least, _ = figures[0.0]
     good = {t: macro for t, (weighted, macro) in figures.items() if weighted >= least - _SPARE_WEIGHTED_F1}
     best = max(good, key=lambda tau: (good[tau], -tau))
+    if best == 0.0:
+        return best
     gains = _macro_f1_gains(targets, predicted[0.0], predicted[best], len(shares))
     return best if np.mean(gains > 0) >= _CONFIDENCE else 0.0
 
