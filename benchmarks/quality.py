@@ -103,6 +103,7 @@ ABLATIONS: tuple[Ablation, ...] = (
     _teacher("with a second pass over confident guesses", pseudo_label_epochs=1),
     _teacher("with adapters of rank 16 only", lora_rank=16),
     _student("without distillation", distillation_weight=0.0, label_weight=1.0),
+    _student("distilled from the whole teacher", distilled_from="teacher"),
     _student("without labels beside the teacher", label_weight=0.0),
     _student("without hidden tokens", token_dropout=0.0),
     _student("with the whole vocabulary", trim_vocabulary=False),

@@ -32,6 +32,9 @@ Seed = Annotated[int, Meta(ge=0, description="Seed of every random choice of thi
 Precision = Literal["auto", "bfloat16", "float32"]
 Pooling = Literal["mean", "query"]
 
+LabellingModel = Literal["teacher", "encoder"]
+"""Whose word a row of ``teacher_labels`` is: the whole teacher's, or that of its encoder alone."""
+
 TrainingPrecision = Annotated[
     Precision,
     Meta(
@@ -299,6 +302,13 @@ class StudentParameters(Parameters, frozen=True, kw_only=True):
     trim_vocabulary: Annotated[
         bool, Meta(description="Keep only the tokens that the sample's texts use, and single characters.")
     ] = True
+    distilled_from: Annotated[
+        LabellingModel,
+        Meta(
+            description="Whose word the student learns: of the teacher's 'encoder' alone, or of the whole "
+            "'teacher' with its linear model."
+        ),
+    ] = "encoder"
     distillation_weight: Annotated[
         Share, Meta(description="Weight of the teacher's word; 0: learn from the labelled offers alone.")
     ] = 1.0
@@ -703,7 +713,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="teacher_labels",
-        version="3",
+        version="4",
         summary="Let the teacher label labelled and unlabelled offers (top-k logits).",
         entry_point="ml.learning.labelling:write_teacher_labels",
         parameters=TeacherLabelsParameters,
@@ -721,7 +731,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="student_checkpoint",
-        version="4",
+        version="5",
         summary="Distil the teacher into a small encoder.",
         entry_point="ml.learning.student:train_student",
         parameters=StudentParameters,

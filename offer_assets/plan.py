@@ -22,6 +22,7 @@ from ml.stages import (
     EvaluationSetParameters,
     FastModelParameters,
     HyperparameterSearchParameters,
+    LabellingModel,
     MigratedLabelsParameters,
     Parameters,
     Pooling,
@@ -72,6 +73,9 @@ class TrainingPlan(dg.ConfigurableResource):
     student_layers: int = Field(description="Encoder layers of the student.")
     student_pooling: Pooling = Field(
         description="Whether tokens become one vector behind the student's last layer, or before it."
+    )
+    student_distilled_from: LabellingModel = Field(
+        description="Whose word the student learns: of the teacher's encoder alone, or of the whole teacher."
     )
     student_max_tokens: int = Field(description="The student cuts longer offer texts to this many tokens.")
     student_epochs: int = Field(description="Passes of the student over the teacher's labels.")
@@ -141,6 +145,7 @@ class TrainingPlan(dg.ConfigurableResource):
             encoder_digest=encoder_digest(self.student_encoder),
             layers=self.student_layers,
             pooling=self.student_pooling,
+            distilled_from=self.student_distilled_from,
             max_tokens=self.student_max_tokens,
             epochs=self.warm_student_epochs if warm else self.student_epochs,
             learning_rate=self.student_learning_rate,

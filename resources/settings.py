@@ -24,6 +24,7 @@ from ml.errors import InputError
 from ml.learning.encoder_files import PACKAGED_ENCODER, split_layers
 from ml.stages import (
     FastModelParameters,
+    LabellingModel,
     Parameters,
     Pooling,
     Precision,
@@ -340,6 +341,12 @@ class Settings(AwsSettings):
         validation_alias="OFFER_ASSETS_STUDENT_POOLING",
         description="query: the student's last layer computes one vector per text, for encoders with layers "
         "like BERT's; mean: one per token, which takes longer.",
+    )
+    student_distilled_from: LabellingModel = Field(
+        default=_default(StudentParameters, "distilled_from"),
+        validation_alias="OFFER_ASSETS_STUDENT_DISTILLED_FROM",
+        description="Whose word the student learns: encoder (of the teacher, alone) or teacher (with its "
+        "linear model, which the fast model then brings a second time).",
     )
     student_max_tokens: int = Field(
         default=_default(StudentParameters, "max_tokens"),

@@ -19,6 +19,7 @@ from ml.learning.averaging import choose_share
 from ml.learning.calibration import fit_temperature, softmax
 from ml.learning.encoder import Classifier
 from ml.serving.fast_model import FastModel
+from ml.stages import LabellingModel
 
 ENSEMBLE_FILE = "ensemble.json"
 LINEAR_FOLDER = "linear"
@@ -73,10 +74,20 @@ class Teacher:
 
     def predict_logits(self, texts: Sequence[str], batch_size: int = 64) -> NDArray[np.float32]:
         """Calibrated logits, float32 (texts, classes), in the order of ``texts``."""
-        logits = self.weights.encoder * self.encoder.predict_logits(texts, batch_size)
+        return self.predict_logits_by_model(texts, batch_size)["teacher"]
+
+    def predict_logits_by_model(
+        self, texts: Sequence[str], batch_size: int = 64
+    ) -> dict[LabellingModel, NDArray[np.float32]]:
+        """Calibrated logits of the whole teacher and of its encoder alone, each float32 (texts, classes)."""
+        encoder = self.encoder.predict_logits(texts, batch_size)
+        teacher = self.weights.encoder * encoder
         if self.linear:
-            logits += self.weights.linear * linear_logits(self.linear, self.labels, texts)
-        return logits.astype(np.float32, copy=False)
+            teacher += self.weights.linear * linear_logits(self.linear, self.labels, texts)
+        return {
+            "teacher": teacher.astype(np.float32, copy=False),
+            "encoder": (encoder / self.encoder.settings.temperature).astype(np.float32, copy=False),
+        }
 
     def predict_probabilities(self, texts: Sequence[str], batch_size: int = 64) -> NDArray[np.float32]:
         """Calibrated probabilities, float32 (texts, classes), in the order of ``texts``."""

@@ -1,7 +1,8 @@
 """Stage ``teacher_labels``: what the teacher thinks of every labelled and unlabelled offer.
 
 Per offer the largest logits are kept, and the rest as one number: the logarithm of the sum of their
-exponentials. The teacher's logits are calibrated, so their softmax is how sure it is.
+exponentials. They are of the whole teacher and, in further rows, of its encoder alone; both are calibrated,
+so their softmax is how sure each is.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from ml.errors import InputError
 from ml.learning.calibration import targets_of
 from ml.learning.training_data import strings
 from ml.runner import StageContext
-from ml.stages import TeacherLabelsParameters
+from ml.stages import LabellingModel, TeacherLabelsParameters
 
 LABELS_SCHEMA = pa.schema(
     [
         ("offer_id", pa.string()),
         ("source", pa.string()),
+        ("model", pa.string()),
         ("top_indices", pa.list_(pa.int32())),
         ("top_logits", pa.list_(pa.float32())),
         ("tail_logsumexp", pa.float32()),
@@ -94,10 +96,13 @@ def write_teacher_labels(context: StageContext, parameters: TeacherLabelsParamet
             if not there[number]:
                 rows = _sample_rows(sample, source, ["offer_id", "text"]).slice(start, count)
                 with training_autocast(best_device(), parameters.precision):
-                    logits = teacher.predict_logits(strings(rows["text"]), parameters.batch_size)
-                table = _label_table(strings(rows["offer_id"]), source, logits, parameters.top_k)
+                    logits = teacher.predict_logits_by_model(strings(rows["text"]), parameters.batch_size)
+                tables = [
+                    _label_table(strings(rows["offer_id"]), source, model, given, parameters.top_k)
+                    for model, given in logits.items()
+                ]
                 if context.is_first:
-                    _write_shard(context.checkpoints / _shard_name(number), table)
+                    _write_shard(context.checkpoints / _shard_name(number), pa.concat_tables(tables))
             bar.update(count)
     if not context.is_first:
         return {}
@@ -112,10 +117,18 @@ def write_teacher_labels(context: StageContext, parameters: TeacherLabelsParamet
     }
 
 
-def read_teacher_labels(folder: Path, source: str) -> TeacherLabels:
-    """The labels of one source ('labelled' or 'unlabelled') of the artifact in ``folder``."""
+def read_teacher_labels(folder: Path, source: str, model: LabellingModel = "teacher") -> TeacherLabels:
+    """The labels of one source ('labelled' or 'unlabelled') of the artifact in ``folder``.
+
+    Args:
+        folder: Of the artifact.
+        source: Which offers.
+        model: Who gave them: the whole teacher or its encoder alone.
+    """
     table = pq.read_table(
-        sorted(folder.glob("labels-*.parquet")), schema=LABELS_SCHEMA, filters=[("source", "==", source)]
+        sorted(folder.glob("labels-*.parquet")),
+        schema=LABELS_SCHEMA,
+        filters=[("source", "==", source), ("model", "==", model)],
     )
     return TeacherLabels(
         offer_ids=strings(table["offer_id"]),
@@ -138,7 +151,9 @@ def check_same_offers(labels: TeacherLabels, offer_ids: list[str], sample: Path)
         )
 
 
-def _label_table(offer_ids: list[str], source: str, logits: NDArray[np.float32], top_k: int) -> pa.Table:
+def _label_table(
+    offer_ids: list[str], source: str, model: LabellingModel, logits: NDArray[np.float32], top_k: int
+) -> pa.Table:
     rows, classes = logits.shape
     k = min(top_k, classes)
     order = np.argsort(-logits, axis=1, kind="stable")
@@ -153,6 +168,7 @@ def _label_table(offer_ids: list[str], source: str, logits: NDArray[np.float32],
     columns = {
         "offer_id": pa.array(offer_ids, pa.string()),
         "source": pa.array([source] * rows, pa.string()),
+        "model": pa.array([model] * rows, pa.string()),
         "top_indices": _list_array(top.astype(np.int32)),
         "top_logits": _list_array(top_logits.astype(np.float32)),
         "tail_logsumexp": pa.array(tail.astype(np.float32), pa.float32()),

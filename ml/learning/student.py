@@ -2,7 +2,9 @@
 
 It learns on labelled and unlabelled offers alike. Per offer, the teacher's most likely categories
 and "any other" are the outcomes; the student's distribution over the same outcomes is drawn to the
-teacher's. On labelled offers the label adds a cross-entropy, by its confidence where a model guessed it.
+teacher's. By default that is the word of the teacher's encoder alone: what its linear model knows, the fast
+model brings when both answer together, and learned twice it would count twice. On labelled offers the label
+adds a cross-entropy, by its confidence where a model guessed it.
 Its vocabulary is trimmed to what all these offers use (:mod:`ml.learning.vocabulary`).
 """
 
@@ -47,7 +49,7 @@ class DistillationSet(msgspec.Struct, frozen=True):
     weights: NDArray[np.float64]
     """What the label counts, (offers,)."""
     teacher: TeacherLabels
-    """Of the same offers."""
+    """Of the same offers, by the model that is distilled."""
     teacher_choice_on_validation: NDArray[np.int64]
     labelled: LabelledTexts
     """The labelled offers among them."""
@@ -201,8 +203,9 @@ def _distillation_set(
     sample, label_folder = context.input("training_sample"), context.input("teacher_labels")
     labelled = pq.read_table(sample / "labelled.parquet", columns=["offer_id", "split"])
     training, unlabelled = read_labelled(sample, "train"), read_unlabelled(sample)
-    on_labelled = read_teacher_labels(label_folder, "labelled")
-    on_unlabelled = read_teacher_labels(label_folder, "unlabelled")
+    on_labelled = read_teacher_labels(label_folder, "labelled", parameters.distilled_from)
+    on_unlabelled = read_teacher_labels(label_folder, "unlabelled", parameters.distilled_from)
+    of_teacher = read_teacher_labels(label_folder, "labelled")
     check_same_offers(on_labelled, strings(labelled["offer_id"]), sample)
     check_same_offers(on_unlabelled, unlabelled.offer_ids, sample)
     if not parameters.distillation_weight:  # nothing could be learned from them
@@ -215,7 +218,7 @@ def _distillation_set(
         targets=np.concatenate([targets_of(labels, training.categories), no_label]),
         weights=np.concatenate([training.weights, no_weight]),
         teacher=_joined(on_labelled.rows(np.flatnonzero(split == "train")), on_unlabelled),
-        teacher_choice_on_validation=on_labelled.top_indices[split == "validation", 0],
+        teacher_choice_on_validation=of_teacher.top_indices[split == "validation", 0],
         labelled=training,
     )
 

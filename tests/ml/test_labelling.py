@@ -42,7 +42,8 @@ def test_every_offer_is_labelled_once_in_the_order_of_the_sample(
     assert pq.read_schema(folder / "labels-00000.parquet").equals(LABELS_SCHEMA)
     for source, count in (("labelled", 64), ("unlabelled", 24)):
         expected = pq.read_table(inputs["training_sample"] / f"{source}.parquet")["offer_id"].to_pylist()
-        assert read_teacher_labels(folder, source).offer_ids == expected
+        for model in ("teacher", "encoder"):
+            assert read_teacher_labels(folder, source, model).offer_ids == expected
         assert metrics[source] == count
     teacher_labels = json.loads((inputs["teacher_checkpoint"] / "labels.json").read_text())
     assert json.loads((folder / "labels.json").read_text()) == teacher_labels
@@ -65,6 +66,21 @@ def test_top_logits_and_tail_add_up_to_the_teachers_calibrated_probabilities(
         np.testing.assert_allclose(labels.confidence, expected.max(axis=1), atol=1e-4)
         assert (np.diff(labels.top_logits, axis=1) <= 0).all()
         assert metrics[f"mean_confidence_{source}"] == pytest.approx(expected.max(axis=1).mean(), abs=1e-4)
+
+
+def test_the_encoders_own_word_is_calibrated_and_without_the_linear_model(
+    inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    folder, _ = label(inputs, tmp_path / "labels", top_k=4)
+    teacher = Teacher.load(inputs["teacher_checkpoint"])
+    assert teacher.linear
+    for source in ("labelled", "unlabelled"):
+        expected = teacher.encoder.predict_probabilities(sample_texts(inputs, source))
+        labels = read_teacher_labels(folder, source, "encoder")
+        given = np.take_along_axis(expected, labels.top_indices, axis=1)
+        np.testing.assert_allclose(labels.probabilities, given, atol=1e-4)
+        whole = read_teacher_labels(folder, source)
+        assert np.abs(whole.confidence - labels.confidence).max() > 1e-3
 
 
 def test_keeping_all_classes_leaves_nothing_in_the_tail(inputs: dict[str, Path], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch.nn import functional
 from ml.artifacts import verify
 from ml.errors import InputError
 from ml.learning.encoder import Classifier
-from ml.learning.labelling import TeacherLabels
+from ml.learning.labelling import LABELS_SCHEMA, TeacherLabels
 from ml.learning.student import DistillationLoss, DistillationSet
 from ml.learning.training_data import LabelledTexts
 from ml.stages import StudentParameters
@@ -84,6 +84,29 @@ def test_without_unlabelled_offers_the_student_learns_from_labelled_ones(tmp_pat
     _, reference = make("student_checkpoint", chosen, TINY_STUDENT, tmp_path / "student")
     assert reference.metrics["unlabelled_rows"] == 0
     assert reference.metrics["validation_accuracy"] >= 0.9
+
+
+def test_it_learns_the_word_that_it_is_told_to_learn(inputs: dict[str, Path], tmp_path: Path) -> None:
+    """Here the encoder alone would say one category for every offer."""
+    labels = tmp_path / "labels"
+    shutil.copytree(inputs["teacher_labels"], labels)
+    for path in labels.glob("labels-*.parquet"):
+        rows = pq.read_table(path).to_pylist()
+        for row in rows:
+            if row["model"] == "encoder":
+                row |= {"top_indices": [0, 1], "top_logits": [9.0, 0.0], "tail_logsumexp": 0.0}
+        pq.write_table(pa.Table.from_pylist(rows, LABELS_SCHEMA), path)
+    seal(labels, "teacher_labels")
+    texts = pq.read_table(inputs["training_sample"] / "unlabelled.parquet")["text"].to_pylist()
+    said = {}
+    for model in ("encoder", "teacher"):
+        parameters = TINY_STUDENT | {"label_weight": 0.0, "distilled_from": model}
+        folder, _ = make(
+            "student_checkpoint", inputs | {"teacher_labels": labels}, parameters, tmp_path / model
+        )
+        said[model] = set(Classifier.load(folder).predict_logits(texts).argmax(axis=1).tolist())
+    assert said["encoder"] == {0}
+    assert len(said["teacher"]) > 1
 
 
 def test_labels_of_another_sample_are_refused(inputs: dict[str, Path], tmp_path: Path) -> None:
