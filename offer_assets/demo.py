@@ -227,9 +227,12 @@ def summary(settings: Settings, runs: HeadlessRuns, store: ArtifactStore, second
             f"{evaluation[f'{name}_mean_weighted_f1']:>18.3f} {_megabytes(size['size_bytes']):>10}"
         )
     lines += [
-        f"  {'compiled (int8)':16} {compiled['weighted_f1_compiled']:>12.3f} {'':>10} {'':>18} "
-        f"{_megabytes(compiled['size_bytes']):>10}   {compiled['same_category']:.2%} as uncompiled",
+        f"  {'cascade':16} {compiled['cascade_weighted_f1']:>12.3f} {'':>10} "
+        f"{compiled['cascade_mean_weighted_f1']:>18.3f} {_megabytes(compiled['size_bytes']):>10}",
+        "  student: with the fast model's word; cascade: as served, the fast model alone where it is sure",
         "",
+        f"  compiled by      {compiled['backend']}   {compiled['same_category']:.2%} of the student's "
+        "categories as uncompiled",
         f"  catalogued       {catalogued.metadata['offers']:>10,}   offers of {catalogued.partition} at "
         f"{catalogued.metadata['offers_per_second']:,.0f} offers/s through the endpoint",
         f"  checks           {runs.passed_checks:>10,}   passed, {len(findings)} to look at",
