@@ -36,7 +36,8 @@ SMALL = {
     "OFFER_ASSETS_WARM_STUDENT_EPOCHS": "4",
     "OFFER_ASSETS_TAXONOMY_SETTLE_SECONDS": "2",
 }
-DEADLINE_SECONDS = 540
+DEADLINE_SECONDS = 1_500
+"""Of whatever is waited for: far more than it takes, however slow and busy the machine is."""
 
 
 DAEMONS = "{ instance { daemonHealth { allDaemonStatuses { daemonType healthy required } } } }"
@@ -69,14 +70,14 @@ def run(arguments: list[str], env: dict[str, str]) -> subprocess.CompletedProces
     )
 
 
-def wait_for(condition, what: str, seconds: float = 120.0):
-    """The first true value of ``condition()``, polled until a deadline."""
-    deadline = time.monotonic() + seconds
+def wait_for(condition, what: str):
+    """The first true value of ``condition()``, polled until the deadline."""
+    deadline = time.monotonic() + DEADLINE_SECONDS
     while time.monotonic() < deadline:
         if value := condition():
             return value
         time.sleep(0.1)
-    raise AssertionError(f"{what} did not happen within {seconds:.0f} s")
+    raise AssertionError(f"{what} did not happen within {DEADLINE_SECONDS:,} s")
 
 
 class Ui:
@@ -130,7 +131,7 @@ def running_dev(env: dict[str, str], log: Path) -> Iterator[Dev]:
         )
     dev = Dev(Ui(f"http://127.0.0.1:{port}"), process)
     try:
-        wait_for(lambda: process.poll() is not None or dev.ui.daemons_are_healthy(), "healthy daemons", 180)
+        wait_for(lambda: process.poll() is not None or dev.ui.daemons_are_healthy(), "healthy daemons")
         assert process.poll() is None, log.read_text()[-4000:]
         yield dev
     finally:
@@ -193,7 +194,6 @@ def start_and_kill_in_training(home: Path, env: dict[str, str]) -> str:
                 or list(home.glob("work/teacher_checkpoint/*/checkpoints/step-*[0-9]"))
             ),
             "a checkpoint of the teacher",
-            DEADLINE_SECONDS,
         )
         assert process.poll() is None, log.read_text()[-4000:]
     finally:
@@ -203,29 +203,19 @@ def start_and_kill_in_training(home: Path, env: dict[str, str]) -> str:
     return log.read_text()
 
 
-@dataclass
-class Answer:
-    """What a command printed, and how long it took."""
-
-    text: str
-    seconds: float
+@pytest.fixture(scope="session")
+def second_run(demo: Demo) -> str:
+    """What the same demo prints again, with nothing changed."""
+    return _printed(["offer_assets", "demo"], demo.env)
 
 
 @pytest.fixture(scope="session")
-def second_run(demo: Demo) -> Answer:
-    """The same demo again, with nothing changed."""
-    return _timed(["offer_assets", "demo"], demo.env)
+def drifted(demo: Demo, second_run: str) -> str:
+    """What a drifted day prints, added after everything else was looked at unchanged."""
+    return _printed(["offer_assets", "demo-drift"], demo.env)
 
 
-@pytest.fixture(scope="session")
-def drifted(demo: Demo, second_run: Answer) -> Answer:
-    """A drifted day, added after everything else was looked at unchanged."""
-    return _timed(["offer_assets", "demo-drift"], demo.env)
-
-
-def _timed(arguments: list[str], env: dict[str, str]) -> Answer:
-    started_at = time.monotonic()
+def _printed(arguments: list[str], env: dict[str, str]) -> str:
     answer = run(arguments, env)
-    seconds = time.monotonic() - started_at
     assert answer.returncode == 0, answer.stdout[-4000:] + answer.stderr[-4000:]
-    return Answer(answer.stdout, seconds)
+    return answer.stdout

@@ -29,7 +29,7 @@ from .conftest import Ui, environment, run, running_dev, wait_for
 
 __all__ = ["postgres_server", "postgres_url"]
 
-pytestmark = [pytest.mark.xdist_group("aws"), pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.xdist_group("aws"), pytest.mark.timeout(4000)]
 
 BUCKET = "offer-assets-whole-graph"
 PREFIX = "shop/"
@@ -79,7 +79,7 @@ def production(postgres_server: str, tmp_path_factory: pytest.TempPathFactory) -
             with ThreadPoolExecutor() as threads:  # two runs at once
                 assert all(threads.map(lambda day: launch(dev.ui.url, "ingest_day", day), DAYS))
             threading.Thread(target=launch_unwatched, args=(dev.ui.url,), daemon=True).start()
-            wait_for(lambda: cloud.objects(f"{PREFIX}checkpoints/teacher_checkpoint/"), "a checkpoint", 300)
+            wait_for(lambda: cloud.objects(f"{PREFIX}checkpoints/teacher_checkpoint/"), "a checkpoint")
             dev.kill()
         with running_dev(env, log) as dev:
             assert launch(dev.ui.url, "train_and_release", "cpu"), log.read_text()[-6000:]

@@ -28,7 +28,7 @@ from tests.receivers import HttpReceiver, SmtpReceiver
 
 from .conftest import ROOT, environment, free_port, wait_for
 
-pytestmark = [pytest.mark.xdist_group("incidents"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.xdist_group("incidents"), pytest.mark.timeout(4000)]
 
 INCIDENTS = 100
 KILLS = 8
@@ -89,13 +89,13 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Told]:
                 with daemon(env, log) as process:
                     looks = turns(log)
                     report(instance, portion)
-                    wait_for(lambda looks=looks: turns(log) > looks, "a turn of the sensors", 60)
+                    wait_for(lambda looks=looks: turns(log) > looks, "a turn of the sensors")
                     # At any point of looking, keeping, sending and marking; a turn takes about 5 s.
                     die_at = time.monotonic() + chance.uniform(0, 6)
                     wait_for(lambda die_at=die_at: time.monotonic() >= die_at, "the kill")
                     kills[kill(process, chance)] += 1
             with daemon(env, log):
-                wait_for(lambda: everything_is_told(outbox), "the last message", 240)
+                wait_for(lambda: everything_is_told(outbox), "the last message")
         yield Told(home, hook, mails, log.read_text(), kills)
 
 

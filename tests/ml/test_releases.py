@@ -610,18 +610,18 @@ def test_an_answer_that_is_too_large_or_too_slow_is_given_up(site, monkeypatch):
 def test_whoever_waits_goes_on_when_the_time_is_up(tmp_path, monkeypatch, stuck):
     put(tmp_path, v1__csv=CSV)
     never = threading.Event()
-    monkeypatch.setattr(places, stuck, lambda *_: never.wait(30))
+    monkeypatch.setattr(places, stuck, lambda *_: never.wait())
 
     def look() -> None:
         give_up_at = time.monotonic() + 0.05
         for release in list_releases(str(tmp_path), give_up_at):
             fingerprint(release, give_up_at)
 
-    started_at = time.monotonic()
-    with pytest.raises(InputError, match=r"^CATALOG_TAXONOMY=.* is too slow: it was given up"):
-        look()
-    assert time.monotonic() - started_at < 15
-    never.set()
+    try:
+        with pytest.raises(InputError, match=r"^CATALOG_TAXONOMY=.* is too slow: it was given up"):
+            look()
+    finally:
+        never.set()
 
 
 def test_a_server_that_is_not_there_is_named(site):

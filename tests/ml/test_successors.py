@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import random
-import time
 
 import msgspec
 import numpy as np
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 
 from benchmarks.taxonomy_inference import edited, inferred, measured
 from ml.taxonomy import Category, Taxonomy
+from ml.taxonomy_change import successors
 from ml.taxonomy_change.successors import infer_transitions, late_transitions, match_names, words
 from ml.taxonomy_change.transitions import Transition
 
@@ -270,13 +270,25 @@ def test_an_added_word_is_told_from_a_replaced_one():
 # Flat trees
 
 
-def test_thousands_of_new_siblings_take_seconds():
+@pytest.fixture
+def names_compared(monkeypatch):
+    """Grows by one with every pair of names that is compared."""
+    compared = []
+
+    def counting(*names, **options):
+        compared.append(names[:2])
+        return match_names(*names, **options)
+
+    monkeypatch.setattr(successors, "match_names", counting)
+    return compared
+
+
+def test_of_thousands_of_new_siblings_few_pairs_are_compared(names_compared):
     names = [f"{kind} {i}" for i, kind in enumerate(("Kettle", "Pan", "Soap Dish") * 1000)]
     old = Taxonomy([Category(f"a{i}", None, name) for i, name in enumerate(names)])
     new = Taxonomy([Category(f"b{i}", None, name) for i, name in enumerate(names)])
-    started_at = time.process_time()
     found = infer_transitions(old, new, since="v2")
-    assert time.process_time() - started_at < 20
+    assert 0 < len(names_compared) < 100 * len(names)  # of 9 million
     assert sum(targets(t) == [f"b{former[1:]}"] for former, t in found.items()) > 2900
 
 
@@ -320,7 +332,7 @@ def test_boxer_shorts_for_men_do_not_become_those_for_boys_for_certain():
 
 
 @pytest.mark.real_data
-def test_real_data_of_ten_thousand_categories_take_seconds(real_data):
+def test_of_ten_thousand_real_categories_few_pairs_are_compared(real_data, names_compared):
     old = Taxonomy.read_csv(str(real_data / "taxonomy" / "shopify" / "2025-03.csv"))
     chosen = set(random.Random(5).sample(old.ids, 2000))
     new = Taxonomy(
@@ -333,9 +345,8 @@ def test_real_data_of_ten_thousand_categories_take_seconds(real_data):
             for i in old
         ]
     )
-    started_at = time.process_time()
     found = infer_transitions(old, new, since="v2")
-    assert time.process_time() - started_at < 20
+    assert 0 < len(names_compared) < 100 * len(chosen)  # of 4 million
     right = [targets(t) == [f"{former}-new"] for former, t in found.items() if t.certain]
     assert len(found) == 2000
     assert len(right) > 1900

