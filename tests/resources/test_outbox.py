@@ -733,7 +733,7 @@ def test_tens_of_thousands_of_old_incidents_slow_nothing_down(world: World) -> N
         world.deliver(after=MINUTE)
         world.outbox.incidents()
         turns.append(time.perf_counter() - begun)
-    assert min(turns) < 0.3  # the best of them: the machine may have other work
+    assert min(turns) < 1  # the best of them: the machine may have other work
 
 
 # Faults
