@@ -74,7 +74,7 @@ def teacher_labels(
     compute: Compute,
     plan: TrainingPlan,
 ) -> dg.MaterializeResult:
-    """The teacher's judgement of labelled and unlabelled offers: top-k logits and the mass of the rest."""
+    """What the teacher and its encoder alone think of each offer: top-k logits and the mass of the rest."""
     result = compute.run(
         context,
         "teacher_labels",
