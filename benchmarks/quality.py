@@ -11,7 +11,7 @@ one thread and with all cores, peak memory. What is finished lies in --work: a k
 was, and ``benchmarks.throughput --models DIR`` takes the models from there.
 
 ``--ablations`` measures instead what each ingredient of teacher and student gains, and how quality falls as
-the student gets faster.
+the student gets faster. ``--training-shares`` learns from fewer offers, too: how many a goal would take.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from benchmarks.labelled_offers import (
     read_labelled_offers,
     without_languages,
 )
+from benchmarks.learning_curve import curve_rows, draw_learning_curves, learning_curves
 from benchmarks.one_model import Outcome, Task
 from benchmarks.our_models import MODELS, QUICK, STAGES, THOROUGH, OurModel, Workshop
 from benchmarks.peers import Peer
@@ -166,6 +167,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for note in figures["notes"]:
         print(f"note: {note}")
     report.save(f"{kind}_{options.name}", figures)
+    if "learning_curves" in figures:
+        print()
+        report.show(curve_rows(figures["learning_curves"]))
+        path = report.RESULTS / f"{kind}_{options.name}_offers.png"
+        draw_learning_curves(figures["learning_curves"], path)
+        print(f"drawn in {path}")
     if not options.ablations:
         _draw(options.name, figures)
 
@@ -201,6 +208,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             figures.setdefault("further", []).append({"trial": trial.name, **found, "models": rows})
         else:
             figures |= {**found, "models": rows}
+    if options.training_shares:
+        figures["learning_curves"] = learning_curves(figures, options.reach)
     return figures | {"notes": notes}
 
 
@@ -234,7 +243,20 @@ def _trials(options: argparse.Namespace) -> tuple[list[Trial], list[str]]:
             raise InputError(f"--languages-held-out {language}: no held-out offer is in that language")
         trials.append(Trial(f"{language}, trained with it", train, only))
         trials.append(Trial(f"{language}, trained without it", without_languages(train, [language]), only))
+    trials += [_smaller(trials[0], share, options) for share in options.training_shares]
     return trials, notes
+
+
+def _smaller(trial: Trial, share: float, options: argparse.Namespace) -> Trial:
+    """The same with a share of what is learned from: of the shops where these are held out, and so on.
+
+    Raises:
+        InputError: nothing would be left to learn from.
+    """
+    part = divide(trial.train, options.split_by, share, options.seed + 2).test
+    if not part.num_rows:
+        raise InputError(f"--training-shares {share:g}: no offer would be left to learn from; raise it")
+    return Trial(f"{share:.3g} of what is learned from", part, trial.test, trial.unlabelled)
 
 
 def _labelled_part(train: pa.Table, options: argparse.Namespace) -> tuple[pa.Table, pa.Table | None]:
@@ -712,6 +734,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", default=17, type=int)
     parser.add_argument("--languages-held-out", nargs="*", default=[], help="train without each, too")
+    parser.add_argument(
+        "--training-shares",
+        nargs="*",
+        default=[],
+        type=float,
+        metavar="SHARE",
+        help="learn from this share of the training shops (products, offers), too: the learning curve",
+    )
+    parser.add_argument(
+        "--reach",
+        nargs="*",
+        default=[],
+        type=float,
+        metavar="F1",
+        help="with --training-shares: say how many offers this would take",
+    )
     parser.add_argument("--work", type=Path, help="folder of what is finished; .benchmarks/NAME")
     parser.add_argument("--only", nargs="*", choices=names, help=f"of {', '.join(names)}")
     parser.add_argument("--without", nargs="*", default=[], choices=names)

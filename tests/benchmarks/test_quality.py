@@ -67,6 +67,25 @@ def test_two_cheap_models_from_a_feed_to_table_json_and_picture(feed, capsys):
     assert "offers of held-out products are not trained on" in printed or "note" not in printed
 
 
+def test_fewer_offers_to_learn_from_give_a_learning_curve(feed, capsys):
+    arguments, results = feed
+    quality.main([*arguments, "linear_title", "--training-shares", "0.5", "--reach", "0.999"])
+    figures = msgspec.json.decode((results / "quality_tiny.json").read_bytes())
+    (part,), (curve,) = figures["further"], figures["learning_curves"]
+    assert part["trial"] == "0.5 of what is learned from"
+    assert part["held_out_offers"] == figures["held_out_offers"]
+    assert 0 < part["training_offers"] < figures["training_offers"]
+    assert curve["points"] == [
+        [part["training_offers"], part["models"][0]["mean"]],
+        [figures["training_offers"], figures["models"][0]["mean"]],
+    ]
+    assert set(curve["offers_for"]) == {"0.999"}
+    assert (results / "quality_tiny_offers.png").stat().st_size > 1_000
+    assert "offers for 0.999" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"--training-shares 1e-09: no offer would be left"):
+        quality.main([*arguments, "linear_title", "--training-shares", "1e-9"])
+
+
 def test_a_killed_run_goes_on_where_it_was(feed, monkeypatch):
     arguments, _ = feed
     asked = []
