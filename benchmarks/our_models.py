@@ -395,7 +395,9 @@ def with_categories(name: str, folder: Path, categories: int, offers: Offers) ->
         texts = [offer_text(offer) for offer in offers[:_TRIED_OFFERS]]
         sample = pa.table({"text": texts, "category_id": labels[:1] * len(texts)})
         progress = Progress("synthetic")
-        form = compile_for_cpu(student, sample, compiled, backend=BACKENDS[0].name, progress=progress).form
+        form = compile_for_cpu(
+            student, sample, compiled, calibration=texts, backend=BACKENDS[0].name, progress=progress
+        ).form
         _write(compiled, student, CPU, Path(temporary) / "checkpoints", progress, form)
         yield _OfTexts(CompiledModel.open(compiled))
 

@@ -785,7 +785,7 @@ _CATALOGUE = (
     ),
     Stage(
         name="compiled_student",
-        version="10",
+        version="11",
         summary="Compile the student for a target, put the fast model before it, compare with the original.",
         entry_point="ml.serving.compilation:compile_student",
         parameters=CompileParameters,

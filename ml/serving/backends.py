@@ -27,6 +27,7 @@ from ml.evaluation.metrics import scores
 from ml.learning.encoder import Classifier
 from ml.progress import Progress
 from ml.serving.bucketed import torch_threads
+from ml.serving.calibrated_quantisation import quantise_calibrated
 from ml.serving.compiled_model import CpuForm
 from ml.serving.graphs import (
     MODEL_FILE,
@@ -42,6 +43,7 @@ from ml.serving.onnx_export import export
 from ml.serving.quantisation import quantise_blocks, quantise_rows, quantise_tensors, quantise_weights
 from ml.stages import AUTO, AUTO_WITH_EXTRAS
 
+_CALIBRATION_TEXTS = 512
 _TIMED_TEXTS = 192
 _ROUNDS = 3
 """Each candidate's best round counts: the one that other load disturbed least."""
@@ -50,24 +52,46 @@ _TIE = 1.05
 """A candidate has to be faster by this factor than one before it in the catalogue, or chance would choose."""
 
 
+TokenIds = Sequence[Sequence[int]]
+"""Of texts."""
+Converter = Callable[[onnx.ModelProto, TokenIds], onnx.ModelProto]
+
+
 @dataclass(frozen=True)
 class Backend:
     """One way to compile a student for a CPU."""
 
     name: str
     summary: str
-    convert: Callable[[onnx.ModelProto], onnx.ModelProto]
+    convert: Converter
+    """Of the graph in full precision and texts of the feed."""
     runtime: str = ONNX_RUNTIME
     is_reference: bool = False
     """In full precision: taken where no other keeps the limits."""
 
 
+def _without_texts(convert: Callable[[onnx.ModelProto], onnx.ModelProto]) -> Converter:
+    return lambda model, _: convert(model)
+
+
 BACKENDS = (
-    Backend("onnx-int8-rows", "int8, activations scaled per token", quantise_rows),
-    Backend("onnx-int8-blocks", "int8, activations and weights scaled per 32 inputs", quantise_blocks),
-    Backend("onnx-int8-tensor", "int8, activations scaled per tensor", quantise_tensors),
-    Backend("openvino-int8", "int8 weights, activations quantised by OpenVINO", quantise_weights, OPENVINO),
-    Backend("onnx-fp32", "full precision", lambda model: model, is_reference=True),
+    Backend(
+        "onnx-int8-calibrated", "int8, activations scaled as training offers had them", quantise_calibrated
+    ),
+    Backend("onnx-int8-rows", "int8, activations scaled per token", _without_texts(quantise_rows)),
+    Backend(
+        "onnx-int8-blocks",
+        "int8, activations and weights scaled per 32 inputs",
+        _without_texts(quantise_blocks),
+    ),
+    Backend("onnx-int8-tensor", "int8, activations scaled per tensor", _without_texts(quantise_tensors)),
+    Backend(
+        "openvino-int8",
+        "int8 weights, activations quantised by OpenVINO",
+        _without_texts(quantise_weights),
+        OPENVINO,
+    ),
+    Backend("onnx-fp32", "full precision", _without_texts(lambda model: model), is_reference=True),
 )
 """Of equals the first is taken. OpenVINO is an extra: who serves has to install it as well."""
 
@@ -133,6 +157,7 @@ def compile_for_cpu(
     sample: pa.Table,
     output: Path,
     *,
+    calibration: Sequence[str],
     backend: str = AUTO,
     progress: Progress,
     backends: Sequence[Backend] = BACKENDS,
@@ -144,6 +169,7 @@ def compile_for_cpu(
         classifier: On the CPU, in evaluation mode.
         sample: Offers (text, category_id) that candidates are compared on.
         output: The folder.
+        calibration: Texts that the student learned from; constant scales are chosen on some of them.
         backend: ``auto``: the fastest of those that run in ONNX Runtime and keep the limits;
             ``auto-with-extras``: OpenVINO is a candidate too, if it is installed; or a backend's name, which
             is then taken whatever it does: the gate judges it.
@@ -157,11 +183,8 @@ def compile_for_cpu(
     candidates = _candidates(backend, backends)
     texts = [str(text) for text in sample["text"].to_pylist()]
     truth = np.array(sample["category_id"].to_pylist(), dtype=str)
-    tokens = classifier.tokenize(texts)
-    rows = [
-        tokens.ids[start:end].tolist()
-        for start, end in zip(tokens.offsets[:-1], tokens.offsets[1:], strict=True)
-    ]
+    rows = _token_ids(classifier, texts)
+    calibrated_on = _token_ids(classifier, calibration[:: max(1, len(calibration) // _CALIBRATION_TEXTS)])
     with torch_threads(1):
         original = classifier.predict_logits(texts)
     labels = np.array(classifier.labels, dtype=str)
@@ -174,7 +197,7 @@ def compile_for_cpu(
             path.parent.mkdir()
             candidate = Candidate(backend=each.name, summary=each.summary)
             try:
-                onnx.save(each.convert(exported), path)
+                onnx.save(each.convert(exported, calibrated_on), path)
                 graphs[each.name] = graph = open_graph(each.runtime, path)
                 candidate = _compared(candidate, graph, rows, original, truth, labels)
                 candidate = msgspec.structs.replace(candidate, size_bytes=path.stat().st_size)
@@ -264,10 +287,18 @@ def _candidates(asked_for: str, backends: Sequence[Backend]) -> list[Backend]:
     return named
 
 
+def _token_ids(classifier: Classifier, texts: Sequence[str]) -> list[list[int]]:
+    tokens = classifier.tokenize(texts)
+    return [
+        tokens.ids[start:end].tolist()
+        for start, end in zip(tokens.offsets[:-1], tokens.offsets[1:], strict=True)
+    ]
+
+
 def _compared(
     candidate: Candidate,
     graph: Graph,
-    rows: Sequence[Sequence[int]],
+    rows: TokenIds,
     original: NDArray[np.float32],
     truth: NDArray[np.str_],
     labels: NDArray[np.str_],
@@ -291,9 +322,7 @@ def _compared(
     )
 
 
-def _timed(
-    candidates: Sequence[Candidate], graphs: Mapping[str, Graph], rows: Sequence[Sequence[int]]
-) -> list[Candidate]:
+def _timed(candidates: Sequence[Candidate], graphs: Mapping[str, Graph], rows: TokenIds) -> list[Candidate]:
     """With their speed, and the way of computing that is faster; whole rounds, all candidates in turns."""
     few = rows[:_TIMED_TEXTS]
     best: dict[tuple[str, bool], float] = {}

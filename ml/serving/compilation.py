@@ -22,7 +22,7 @@ from ml.errors import InputError
 from ml.evaluation.cascade import cascade_answers, cascade_curves, cascade_figures
 from ml.learning.cascade import TierOutput, choose_cascade, validation_offers
 from ml.learning.encoder import Classifier
-from ml.learning.training_data import strings
+from ml.learning.training_data import read_labelled, strings
 from ml.progress import Progress
 from ml.runner import StageContext
 from ml.serving import neuron
@@ -188,7 +188,12 @@ def _compile_for_cpu(
     from ml.serving.backends import compile_for_cpu
 
     return compile_for_cpu(
-        classifier, sample, context.output, backend=parameters.backend, progress=context.progress
+        classifier,
+        sample,
+        context.output,
+        calibration=read_labelled(context.input("training_sample"), "train").texts,
+        backend=parameters.backend,
+        progress=context.progress,
     )
 
 

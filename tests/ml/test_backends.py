@@ -23,7 +23,7 @@ from tests.ml.compiled_models import PRODUCTS, TITLES
 
 SAMPLE = pa.table({"text": TITLES, "category_id": [category for category in PRODUCTS for _ in range(5)]})
 LONGER = [*TITLES, "tent", "led lamp", *(f"{a} with {b}" for a, b in zip(TITLES, TITLES[7:], strict=False))]
-SAME_BITS = ["onnx-int8-rows", "onnx-int8-blocks", "onnx-fp32"]
+SAME_BITS = ["onnx-int8-calibrated", "onnx-int8-rows", "onnx-int8-blocks", "onnx-fp32"]
 
 needs_openvino = pytest.mark.skipif(
     not openvino_is_installed(), reason="OpenVINO is an extra that is not installed here"
@@ -85,7 +85,9 @@ def compiled(classifier, tmp_path_factory):
             folder = tmp_path_factory.mktemp(name)
             made[name] = (
                 folder,
-                compile_for_cpu(classifier, SAMPLE, folder, backend=name, progress=Progress("test")),
+                compile_for_cpu(
+                    classifier, SAMPLE, folder, calibration=TITLES, backend=name, progress=Progress("test")
+                ),
             )
         return made[name]
 
@@ -145,7 +147,9 @@ def test_a_backend_that_was_asked_for_is_left_to_the_gate():
 
 def test_an_unknown_backend_is_refused_with_the_names(classifier, tmp_path):
     with pytest.raises(InputError, match=r"'quick' does not exist; there are auto, .*onnx-int8-rows"):
-        compile_for_cpu(classifier, SAMPLE, tmp_path, backend="quick", progress=Progress("test"))
+        compile_for_cpu(
+            classifier, SAMPLE, tmp_path, calibration=TITLES, backend="quick", progress=Progress("test")
+        )
 
 
 def test_auto_looks_at_openvino_only_where_extras_are_allowed_and_installed(monkeypatch):
@@ -162,12 +166,14 @@ def test_auto_looks_at_openvino_only_where_extras_are_allowed_and_installed(monk
 
 
 def test_a_backend_that_cannot_be_built_leaves_the_others(classifier, tmp_path):
-    def refuse(model):
+    def refuse(model, texts):
         raise RuntimeError("no such kernel")
 
     fp32 = next(each for each in BACKENDS if each.is_reference)
     catalogue = (Backend("broken", "never works", refuse), fp32)
-    made = compile_for_cpu(classifier, SAMPLE, tmp_path, progress=Progress("test"), backends=catalogue)
+    made = compile_for_cpu(
+        classifier, SAMPLE, tmp_path, calibration=TITLES, progress=Progress("test"), backends=catalogue
+    )
     assert made.form.backend == "onnx-fp32"
     assert made.candidates[0].problem == "no such kernel"
     assert (tmp_path / MODEL_FILE).is_file()
@@ -197,12 +203,12 @@ def test_one_scale_per_tensor_is_found_to_depend_on_the_batch_and_takes_one_text
     assert not made.form.batched
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("onnx-int8-rows", 0.02), ("onnx-int8-blocks", 0.02)])
-def test_int8_follows_the_original_closely(name, tolerance, classifier, compiled, rows):
+@pytest.mark.parametrize("name", SAME_BITS[:3])
+def test_int8_follows_the_original_closely(name, classifier, compiled, rows):
     folder, made = compiled(name)
     expected = classifier.predict_logits(LONGER)
     logits = logits_of(open_graph(ONNX_RUNTIME, folder / MODEL_FILE), rows, made.form.batched)
-    assert np.abs(logits - expected).max() < tolerance * np.ptp(expected)
+    assert np.abs(logits - expected).max() < 0.02 * np.ptp(expected)
 
 
 def test_full_precision_is_the_original(classifier, compiled, rows):
@@ -213,7 +219,7 @@ def test_full_precision_is_the_original(classifier, compiled, rows):
 
 def test_int8_is_a_quarter_of_full_precision(compiled):
     full = compiled("onnx-fp32")[1].candidates[0].size_bytes
-    for name in SAME_BITS[:2]:
+    for name in SAME_BITS[:3]:
         assert compiled(name)[1].candidates[0].size_bytes < 0.3 * full
 
 
