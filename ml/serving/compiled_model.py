@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 from ml.errors import InputError
 from ml.offers import check_text_version
+from ml.serving.first_tokens import first_tokens, takes_words_apart
 
 CPU = "cpu"
 """ONNX graph, mostly int8, run by ONNX Runtime or OpenVINO."""
@@ -125,6 +126,7 @@ class CompiledModel(ABC):
             raise InputError(f"{folder / TOKENIZER_FILE} cannot be read: {one_line(error)}") from None
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(settings.max_tokens)
+        self._takes_words_apart = takes_words_apart(self._tokenizer)
 
     @staticmethod
     def open(folder: Path, threads: int = 1) -> CompiledModel:
@@ -162,6 +164,8 @@ class CompiledModel(ABC):
     def _token_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, with instruction and special tokens, cut to ``max_tokens``."""
         prompts = [self.settings.instruction + text for text in texts]
+        if self._takes_words_apart:
+            return first_tokens(self._tokenizer, prompts, self.settings.max_tokens)
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(prompts)]
 
     def _check_classes(self, folder: Path, file: str, classes: int) -> None:
