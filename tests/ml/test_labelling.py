@@ -22,9 +22,11 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return distillation_inputs(tmp_path_factory.mktemp("distillation"))
 
 
-def label(inputs: dict[str, Path], output: Path, **parameters: int) -> tuple[Path, dict[str, object]]:
+def label(inputs: dict[str, Path], output: Path, **parameters: int | str) -> tuple[Path, dict[str, object]]:
     chosen = {name: inputs[name] for name in ("teacher_checkpoint", "training_sample")}
-    folder, reference = make("teacher_labels", chosen, {"shard_offers": 20, **parameters}, output)
+    # In full precision, as what is expected is computed: bfloat16 has but 8 bits for a logit.
+    given = {"shard_offers": 20, "precision": "float32", **parameters}
+    folder, reference = make("teacher_labels", chosen, given, output)
     return folder, reference.metrics
 
 
