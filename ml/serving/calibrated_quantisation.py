@@ -1,8 +1,8 @@
 """A graph's matrix products in int8, with scales that were chosen beforehand on texts of the feed.
 
 A scale for each row of activations has to be found while the graph runs: four passes over what goes into a
-product and one over what comes out. With constant scales one pass is left, and the kernel adds the bias. As
-nothing is looked for in a batch, a text's answer does not depend on its neighbours.
+product and one over what comes out. With constant scales it is two, and the kernel adds the bias. As nothing
+is looked for in a batch, a text's answer does not depend on its neighbours.
 
 The price is that one step fits all tokens and channels of a tensor, and some channels are many times as large
 as most. So each channel is divided by a factor beforehand, which its weights are multiplied by
