@@ -738,7 +738,7 @@ def _parser() -> argparse.ArgumentParser:
         "--training-shares",
         nargs="*",
         default=[],
-        type=float,
+        type=_between_0_and_1,
         metavar="SHARE",
         help="learn from this share of the training shops (products, offers), too: the learning curve",
     )
@@ -746,7 +746,7 @@ def _parser() -> argparse.ArgumentParser:
         "--reach",
         nargs="*",
         default=[],
-        type=float,
+        type=_between_0_and_1,
         metavar="F1",
         help="with --training-shares: say how many offers this would take",
     )
@@ -779,6 +779,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--quick", action="store_true", help="few offers and steps: does everything run?")
     return parser
+
+
+def _between_0_and_1(text: str) -> float:
+    number = float(text)
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return number
 
 
 def _is_wanted(name: str, options: argparse.Namespace) -> bool:

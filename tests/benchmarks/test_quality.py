@@ -86,6 +86,16 @@ def test_fewer_offers_to_learn_from_give_a_learning_curve(feed, capsys):
         quality.main([*arguments, "linear_title", "--training-shares", "1e-9"])
 
 
+@pytest.mark.parametrize(
+    "wrong", [["--reach", "1"], ["--training-shares", "0"], ["--training-shares", "half"]]
+)
+def test_what_no_curve_can_be_drawn_of_is_refused_before_anything_is_trained(feed, wrong, capsys):
+    arguments, _ = feed
+    with pytest.raises(SystemExit):
+        quality.main([*arguments, "linear_title", *wrong])
+    assert wrong[0] in capsys.readouterr().err
+
+
 def test_a_killed_run_goes_on_where_it_was(feed, monkeypatch):
     arguments, _ = feed
     asked = []
