@@ -138,11 +138,8 @@ class _Calibrated(Rewrite):
         giants, factors = _giants(channels, every), _factors(channels, every)
         shares = (1 / factors).astype(np.float32)
         shares[giants] = 0
-        least, most = _range(channels, shares)
-        scale = max((most - least) / _STEPS, float(SMALLEST_SCALE))
         prefix = f"{rows}_int8"
-        step = self.constant(f"{prefix}_step", np.array(scale, dtype=np.float32))
-        zero = self.constant(f"{prefix}_zero", np.array(np.round(-least / scale), dtype=np.uint8))
+        step, zero = self._step_and_zero(prefix, *_range(channels, shares))
         nodes = [
             node_of("Mul", [rows, self.constant(f"{prefix}_shares", shares)], f"{prefix}_even"),
             node_of("QuantizeLinear", [f"{prefix}_even", step, zero], f"{prefix}_rows"),
@@ -173,6 +170,14 @@ class _Calibrated(Rewrite):
                     node_of("Add", [in_int8, f"{result}_of_giants"], result),
                 ]
         return nodes
+
+    def _step_and_zero(self, prefix: str, least: float, most: float) -> tuple[str, str]:
+        """What one of the steps from least to most comes to, and which of them is 0."""
+        scale = max((most - least) / _STEPS, float(SMALLEST_SCALE))
+        return (
+            self.constant(f"{prefix}_step", np.array(scale, dtype=np.float32)),
+            self.constant(f"{prefix}_zero", np.array(np.round(-least / scale), dtype=np.uint8)),
+        )
 
 
 def _peaks(channels: Channels) -> NDArray[np.float32]:
