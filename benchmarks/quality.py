@@ -186,7 +186,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     trials, notes = _trials(options)
     work = options.work or Path(".benchmarks") / options.name
     work.mkdir(parents=True, exist_ok=True)
-    changes = _changes(options)
+    changes = changes_of(options)
     workshop = Workshop(work, changes)
     bench = Bench(work, workshop, workshop.taxonomy(options.taxonomy), options)
     for trial in trials:
@@ -649,7 +649,7 @@ _OURS_BY_NAME = {model.name: model for model in MODELS}
 
 def our_seconds(rows: int, options: argparse.Namespace) -> float:
     """About how long this project's stages take on two cores."""
-    changes = _changes(options)
+    changes = changes_of(options)
     teacher, student = (
         changes.get(stage, {}).get("epochs", usual)
         for stage, usual in (
@@ -793,7 +793,12 @@ def _is_wanted(name: str, options: argparse.Namespace) -> bool:
     return chosen(name) and name not in options.without
 
 
-def _changes(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def changes_of(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Changes of parameters by stage: how a benchmark trains, and what ``--set`` says.
+
+    Raises:
+        InputError: ``--set`` does not name a parameter of a stage.
+    """
     changes: dict[str, dict[str, Any]] = {
         stage: dict(values) for stage, values in (QUICK if options.quick else THOROUGH).items()
     }
