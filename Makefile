@@ -39,7 +39,7 @@ stop: $(VENV)/.installed ## Stop the local endpoint
 	@$(BIN)/python -m offer_assets stop
 
 test: lint ## Every test (set REQUIRE_SYSTEM_PACKAGES=1 to fail instead of skip without Chromium)
-	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup
+	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 lint: $(VENV)/.installed-dev ## Format, lint, types and the walls between the rooms
 	@$(BIN)/ruff format --check .

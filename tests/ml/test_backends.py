@@ -25,9 +25,6 @@ SAMPLE = pa.table({"text": TITLES, "category_id": [category for category in PROD
 LONGER = [*TITLES, "tent", "led lamp", *(f"{a} with {b}" for a, b in zip(TITLES, TITLES[7:], strict=False))]
 SAME_BITS = ["onnx-int8-calibrated", "onnx-int8-rows", "onnx-int8-blocks", "onnx-fp32"]
 
-# What is compiled is compiled once for all tests of this file.
-pytestmark = pytest.mark.xdist_group("backends")
-
 needs_openvino = pytest.mark.skipif(
     not openvino_is_installed(), reason="OpenVINO is an extra that is not installed here"
 )
