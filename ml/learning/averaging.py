@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binom
+from scipy.special import bdtrc
 
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 EQUAL = 0.5
@@ -45,5 +45,5 @@ def clearly_best(right: NDArray[np.bool_]) -> float:
     equal, counts = right[SHARES.index(EQUAL)], right.sum(axis=1).tolist()
     best = max(range(len(SHARES)), key=lambda place: (counts[place], -abs(SHARES[place] - EQUAL)))
     gains, losses = int((right[best] & ~equal).sum()), int((equal & ~right[best]).sum())
-    p_value = float(binom.sf(gains - 1, gains + losses, 0.5))
+    p_value = float(bdtrc(gains - 1, gains + losses, 0.5))
     return SHARES[best] if p_value <= 1 - _CONFIDENCE else EQUAL

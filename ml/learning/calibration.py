@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
-from sklearn.metrics import f1_score
+
+from ml.evaluation.metrics import scores
 
 LOG_TEMPERATURE_BOUNDS = (float(np.log(0.05)), float(np.log(20.0)))
 
@@ -62,13 +63,10 @@ def validation_figures(
     absent where there is nothing to compute it from.
     """
     targets = targets_of(labels, categories)
-    predicted = [labels[row] for row in logits.argmax(axis=1)]
     known = targets >= 0
     figures = {"loss": _mean_loss(logits[known], targets[known])} if known.any() else {}
-    truth = list(categories)
-    figures["accuracy"] = float(np.mean([a == b for a, b in zip(predicted, truth, strict=True)]))
-    figures["weighted_f1"] = float(f1_score(truth, predicted, average="weighted", zero_division=0))
-    return figures
+    found = scores(np.array(categories, dtype=str), np.array(labels, dtype=str)[logits.argmax(axis=1)])
+    return figures | {"accuracy": found.accuracy, "weighted_f1": found.weighted_f1}
 
 
 def _mean_loss(logits: NDArray[np.floating], targets: NDArray[np.int64]) -> float:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import f1_score
+
+from ml.evaluation.metrics import scores
 
 STRENGTHS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 """Candidates for ``tau``."""
@@ -50,9 +51,9 @@ def choose_strength(
     if not len(targets):
         return 0.0
     predicted = {tau: (logits - tau * shares).argmax(axis=1) for tau in STRENGTHS}
-    figures = {tau: _f1(targets, guesses) for tau, guesses in predicted.items()}
-    least, _ = figures[0.0]
-    good = {t: macro for t, (weighted, macro) in figures.items() if weighted >= least - _SPARE_WEIGHTED_F1}
+    figures = {tau: scores(targets, guesses) for tau, guesses in predicted.items()}
+    least = figures[0.0].weighted_f1 - _SPARE_WEIGHTED_F1
+    good = {tau: found.macro_f1 for tau, found in figures.items() if found.weighted_f1 >= least}
     best = max(good, key=lambda tau: (good[tau], -tau))
     if best == 0.0:
         return best
@@ -75,9 +76,3 @@ def _macro_f1_gains(
 
     drawn = (rng.integers(len(targets), size=len(targets)) for _ in range(_RESAMPLES))
     return np.array([macro_f1(rows, after) - macro_f1(rows, before) for rows in drawn])
-
-
-def _f1(targets: NDArray[np.int64], predicted: NDArray[np.int64]) -> tuple[float, float]:
-    """Weighted and macro F1."""
-    weighted = f1_score(targets, predicted, average="weighted", zero_division=0)
-    return float(weighted), float(f1_score(targets, predicted, average="macro", zero_division=0))

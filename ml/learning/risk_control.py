@@ -12,8 +12,7 @@ from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import bdtr, gammaln, xlog1py, xlogy
-from scipy.stats import beta, binom
+from scipy.special import bdtr, bdtrc, betaincinv, gammaln, xlog1py, xlogy
 
 CONFIDENCE = 0.95
 """Of every promise that is made by way of this module."""
@@ -49,13 +48,14 @@ def paired_loss_p_value(losses: int, gains: int, offers: int, limit: float, erro
         return 1.0
     set_aside = _SHARE_FOR_NUISANCE * error
     differing = losses + gains
-    most = 1.0 if differing == offers else float(beta.ppf(1 - set_aside, differing + 1, offers - differing))
+    most = 1.0 if differing == offers else float(betaincinv(differing + 1, offers - differing, 1 - set_aside))
     if most < abs(limit):
         # They differ too rarely for such a loss; in the other direction, too rarely for anything but it.
         return set_aside if limit > 0 else 1.0
     rates = np.linspace(max(abs(limit), _NEGLIGIBLE), most, _NUISANCE_GRID)
-    fewest = int(binom.ppf(_NEGLIGIBLE, offers, rates[0]))
-    largest = min(int(binom.isf(_NEGLIGIBLE, offers, rates[-1])) + 1, offers)
+    every = np.arange(offers + 1)
+    fewest = int(np.argmax(bdtr(every, offers, rates[0]) >= _NEGLIGIBLE))
+    largest = min(int(np.argmax(bdtrc(every, offers, rates[-1]) <= _NEGLIGIBLE)) + 1, offers)
     numbers = np.arange(fewest, largest + 1)
     is_loss = (1 + limit / rates) / 2
     most_losses = np.floor((numbers + (losses - gains)) / 2)
@@ -75,7 +75,7 @@ def _binomial(numbers: NDArray[np.int64], trials: int, rates: NDArray[np.float64
 
 def share_p_value(seen: int, offers: int, limit: float) -> float:
     """P-value of "the share is more than ``limit``" where ``seen`` of ``offers`` offers show it (exact)."""
-    return float(binom.cdf(seen, offers, limit)) if offers else 1.0
+    return float(bdtr(seen, offers, limit)) if offers else 1.0
 
 
 def rejected_in_sequence(p_values: Iterable[float], error: float) -> int:
