@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,8 +13,11 @@ _CHOSEN, _OTHER, _REFUSED = "#059669", "#64748b", "#ea580c"
 _LINE = "#2563eb"
 _LEAST_AREA, _LARGEST_AREA = 30.0, 400.0
 _PANELS_PER_ROW = 3
-_MOST_TICKS = 6
-"""So many whole numbers get a tick each; of more, or of others, matplotlib chooses."""
+_LEAST_GAP = 0.15
+"""Of a panel's width, between two ticks: nearer ones would be written over each other."""
+_MANY_TIMES = 100
+"""A logarithmic axis this wide has ticks at powers of ten alone."""
+_ALL_DECADES, _PARTS_OF_DECADES = (1.0,), (1.0, 2.0, 5.0)
 
 
 def comparison_plot(rows: Sequence[Mapping[str, Any]]) -> bytes:
@@ -116,6 +120,8 @@ def slice_plot(
         parameters: Name of each parameter, and whether its axis is logarithmic.
         best: Number of the best trial.
     """
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
     across = min(_PANELS_PER_ROW, len(parameters))
     down = math.ceil(len(parameters) / across)
     figure = figure_of(0.5 + 2.3 * down)
@@ -132,11 +138,16 @@ def slice_plot(
                 alpha=0.8,
                 zorder=3 if is_best else 2,
             )
+        values = sorted({trial["parameters"][name] for trial in finished})
         if is_logarithmic:
             axes.set_xscale("log")
-        values = sorted({trial["parameters"][name] for trial in finished})
-        if all(isinstance(value, int) for value in values) and len(values) <= _MOST_TICKS:
+        if all(isinstance(value, int) for value in values) and are_apart(values, is_logarithmic):
             axes.set_xticks(values, [f"{value:,}" for value in values])
+            axes.minorticks_off()
+        elif is_logarithmic:
+            subs = _ALL_DECADES if values[-1] >= _MANY_TIMES * values[0] else _PARTS_OF_DECADES
+            axes.xaxis.set_major_locator(LogLocator(subs=subs))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
             axes.minorticks_off()
         axes.set_xlabel(name)
         tidy(axes)
@@ -144,6 +155,13 @@ def slice_plot(
         axes.set_visible(False)
     figure.suptitle("Mean weighted F1 over each parameter (green: the best trial)", fontsize=10, color=INK)
     return png(figure)
+
+
+def are_apart(values: Sequence[float], is_logarithmic: bool) -> bool:
+    """Whether each of the ascending ``values`` can have a tick of its own that can be read."""
+    places = [math.log(value) if is_logarithmic else value for value in values]
+    width = places[-1] - places[0] if places else 0.0
+    return all(after - before >= _LEAST_GAP * width for before, after in itertools.pairwise(places))
 
 
 def importance_plot(importances: Mapping[str, float]) -> bytes:
