@@ -51,7 +51,7 @@ format: $(VENV)/.installed-dev ## Bring the code into shape
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-benchmarks: $(VENV)/.installed-dev ## Measure what needs no data but the demo feed's (the README names a program for every figure)
+benchmarks: $(VENV)/.installed-dev ## Measure what needs no data but the demo feed's (docs/figures.md names a program for every figure)
 	@$(BIN)/python -m benchmarks
 
 audit: $(VENV)/.installed-audit ## Hold every pinned dependency against the known vulnerabilities (needs the network)

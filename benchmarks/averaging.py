@@ -66,10 +66,8 @@ class Judged(msgspec.Struct, frozen=True):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Judge and report."""
     options = _parser().parse_args(arguments)
-    try:
+    with report.refused_plainly():
         rows = [row for folder in options.models for row in _rows(folder)]
-    except InputError as error:
-        raise SystemExit(f"error: {error}") from None
     print()
     report.show([_columns(row) for row in rows])
     report.save(f"averaging_{options.name}", {"shares": SHARES, "pairs": rows})

@@ -56,10 +56,8 @@ _progress = Progress("cascade curve")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and report."""
     options = _parser().parse_args(arguments)
-    try:
+    with report.refused_plainly():
         figures = run(options)
-    except InputError as error:
-        raise SystemExit(f"error: {error}") from None
     print()
     report.show([_columns(row) for row in figures["models"]])
     report.save(f"cascade_curve_{options.name}", figures)

@@ -4,10 +4,9 @@
     python -m benchmarks.choosing NAME --models DIR --search fast student --trials 20 --minutes 15
 
 DIR is the ``--work`` folder of a finished ``benchmarks.quality``: its training sample is what the stages
-``encoder_comparison`` and ``hyperparameter_search`` learn from and choose by (encoders are trained with the
-parameters of ``teacher_checkpoint``). A search's parameters are then
-trained once more beside those that were set, and both answer the held-out offers, which had no part in the
-choice. What was finished before a kill is kept.
+``encoder_comparison`` (with the parameters of ``teacher_checkpoint``) and ``hyperparameter_search`` learn
+from and choose by. What a search found is then trained once more beside what was set, and both answer the
+held-out offers, which had no part in the choice. What was finished before a kill is kept.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ import pyarrow.parquet as pq
 
 from benchmarks import one_model, report
 from benchmarks.one_model import Task
-from benchmarks.our_models import Parameters, Workshop
-from benchmarks.quality import changes_of, scored
+from benchmarks.our_models import Parameters, Workshop, changes_of
+from benchmarks.quality import scored
 from benchmarks.throughput import read_models
 from ml.artifacts import read_manifest
 from ml.cores import available_cores
@@ -37,10 +36,6 @@ from ml.stages import stage_named
 from ml.taxonomy import Taxonomy
 
 _INPUTS = ("training_sample", "catalog_taxonomy")
-_PLOTS = {
-    "encoder_comparison": ("quality_over_throughput",),
-    "hyperparameter_search": ("history", "parameters"),
-}
 
 _progress = Progress("choosing")
 
@@ -48,10 +43,8 @@ _progress = Progress("choosing")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Choose and report."""
     options = _parser().parse_args(arguments)
-    try:
+    with report.refused_plainly():
         figures = run(options)
-    except InputError as error:
-        raise SystemExit(f"error: {error}") from None
     for rows, columns in ((figures["encoders"], _encoder_columns), (figures["searches"], _search_columns)):
         if rows:
             print()
@@ -67,7 +60,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """
     if not options.encoders and not options.search:
         raise InputError("nothing to choose: give --encoders or --search")
-    places, changes = read_models(options.models), changes_of(options)
+    places, changes = read_models(options.models), changes_of(options.quick, options.set)
     inputs = {name: Path(places[name]) for name in _INPUTS}
     evaluation = Path(places["evaluation_set"])
     return {
@@ -87,7 +80,7 @@ def _compared(
     folder = Workshop(options.models, {}).make(
         "encoder_comparison", inputs, encoders=encoders, training=dict(changes.get("teacher_checkpoint", {}))
     )
-    _keep_plots("encoder_comparison", folder, f"choosing_{options.name}_encoders")
+    _keep_plot(folder / "quality_over_throughput.png", f"choosing_{options.name}")
     rows: list[dict[str, Any]] = msgspec.json.decode((folder / "encoders.json").read_bytes())
     return rows
 
@@ -112,7 +105,7 @@ def _searched(
         trials=options.trials,
         budget_seconds=options.minutes * 60,
     )
-    _keep_plots("hyperparameter_search", folder, f"choosing_{options.name}_{model}")
+    _keep_plot(folder / "parameters.png", f"choosing_{options.name}_{model}")
     found = msgspec.json.decode((folder / "best_parameters.json").read_bytes())
     metrics = read_manifest(folder).metrics
     held_out = {}
@@ -160,11 +153,9 @@ def _on_held_out(
     )
 
 
-def _keep_plots(stage: str, folder: Path, name: str) -> None:
+def _keep_plot(plot: Path, name: str) -> None:
     report.RESULTS.mkdir(parents=True, exist_ok=True)
-    for plot in _PLOTS[stage]:
-        suffix = f"_{plot}" if len(_PLOTS[stage]) > 1 else ""
-        shutil.copyfile(folder / f"{plot}.png", report.RESULTS / f"{name}{suffix}.png")
+    shutil.copyfile(plot, report.RESULTS / f"{name}.png")
 
 
 def _encoder_columns(row: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from benchmarks.processes import NotHereError, Offers, in_processes, shared_out
 from ml.artifacts import MANIFEST, artifact_key, read_manifest, write_manifest
+from ml.errors import InputError
 from ml.offers import CLEAN_SCHEMA, offer_text, offer_texts
 from ml.progress import Progress
 from ml.runner import StageSpec, code_revision, key_of, parameters_of, run_stage
@@ -79,6 +80,31 @@ class OurModel:
     """Whose artifact is loaded."""
     open: Callable[[Path, int], AbstractContextManager[Answerer]]
     """The model in a folder, with that many cores."""
+
+
+def changes_of(quick: bool, given: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Changes of parameters by stage: how a benchmark trains, and what its ``--set`` says.
+
+    Args:
+        quick: As :data:`QUICK` says instead of :data:`THOROUGH`.
+        given: ``STAGE.PARAMETER=VALUE`` each; a value is JSON, or else text.
+
+    Raises:
+        InputError: one of these names no parameter of a stage.
+    """
+    changes: dict[str, dict[str, Any]] = {
+        stage: dict(values) for stage, values in (QUICK if quick else THOROUGH).items()
+    }
+    for one in given:
+        place, equals, value = one.partition("=")
+        stage, dot, parameter = place.partition(".")
+        if not equals or not dot or stage not in STAGES:
+            raise InputError(f"--set {one}: expected STAGE.PARAMETER=VALUE, a stage of {', '.join(STAGES)}")
+        try:
+            changes.setdefault(stage, {})[parameter] = msgspec.json.decode(value)
+        except msgspec.DecodeError:
+            changes.setdefault(stage, {})[parameter] = value
+    return changes
 
 
 class Workshop:

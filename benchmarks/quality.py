@@ -42,7 +42,7 @@ from benchmarks.labelled_offers import (
 )
 from benchmarks.learning_curve import curve_rows, draw_learning_curves, learning_curves
 from benchmarks.one_model import Outcome, Task
-from benchmarks.our_models import MODELS, QUICK, STAGES, THOROUGH, OurModel, Workshop
+from benchmarks.our_models import MODELS, STAGES, OurModel, Workshop, changes_of
 from benchmarks.peers import Peer
 from benchmarks.plots import quality_over_throughput
 from ml.artifacts import MANIFEST, artifact_key, read_manifest, write_manifest
@@ -157,10 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not any(text in name for name in names):
             there = "; ".join(names) or "none without --ablations"
             raise SystemExit(f"error: --variants {text}: there are {there}")
-    try:
+    with report.refused_plainly():
         figures = run(options)
-    except InputError as error:
-        raise SystemExit(f"error: {error}") from None
     kind = "ablations" if options.ablations else "quality"
     print()
     report.show(_columns(figures))
@@ -186,7 +184,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     trials, notes = _trials(options)
     work = options.work or Path(".benchmarks") / options.name
     work.mkdir(parents=True, exist_ok=True)
-    changes = changes_of(options)
+    changes = changes_of(options.quick, options.set)
     workshop = Workshop(work, changes)
     bench = Bench(work, workshop, workshop.taxonomy(options.taxonomy), options)
     for trial in trials:
@@ -649,7 +647,7 @@ _OURS_BY_NAME = {model.name: model for model in MODELS}
 
 def our_seconds(rows: int, options: argparse.Namespace) -> float:
     """About how long this project's stages take on two cores."""
-    changes = changes_of(options)
+    changes = changes_of(options.quick, options.set)
     teacher, student = (
         changes.get(stage, {}).get("epochs", usual)
         for stage, usual in (
@@ -791,27 +789,6 @@ def _between_0_and_1(text: str) -> float:
 def _is_wanted(name: str, options: argparse.Namespace) -> bool:
     chosen: Callable[[str], bool] = (lambda _: True) if options.only is None else options.only.__contains__
     return chosen(name) and name not in options.without
-
-
-def changes_of(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Changes of parameters by stage: how a benchmark trains, and what ``--set`` says.
-
-    Raises:
-        InputError: ``--set`` does not name a parameter of a stage.
-    """
-    changes: dict[str, dict[str, Any]] = {
-        stage: dict(values) for stage, values in (QUICK if options.quick else THOROUGH).items()
-    }
-    for given in options.set:
-        place, equals, value = given.partition("=")
-        stage, dot, parameter = place.partition(".")
-        if not equals or not dot or stage not in STAGES:
-            raise InputError(f"--set {given}: expected STAGE.PARAMETER=VALUE, a stage of {', '.join(STAGES)}")
-        try:
-            changes.setdefault(stage, {})[parameter] = msgspec.json.decode(value)
-        except msgspec.DecodeError:
-            changes.setdefault(stage, {})[parameter] = value
-    return changes
 
 
 if __name__ == "__main__":

@@ -5,15 +5,26 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from ml.errors import InputError
 from ml.runner import code_revision
 
 RESULTS = Path(__file__).parent / "results"
+
+
+@contextmanager
+def refused_plainly() -> Iterator[None]:
+    """What is wrong with options or files ends the program with one line instead of a traceback."""
+    try:
+        yield
+    except InputError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 def machine() -> dict[str, Any]:

@@ -51,10 +51,8 @@ _progress = Progress("throughput")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and report."""
     options = _parser().parse_args(arguments)
-    try:
+    with report.refused_plainly():
         figures = run(options)
-    except InputError as error:
-        raise SystemExit(f"error: {error}") from None
     print()
     report.show(_columns(figures["models"]))
     report.save(options.name, figures)

@@ -53,6 +53,7 @@ def paired_loss_p_value(losses: int, gains: int, offers: int, limit: float, erro
         # They differ too rarely for such a loss; in the other direction, too rarely for anything but it.
         return set_aside if limit > 0 else 1.0
     rates = np.linspace(max(abs(limit), _NEGLIGIBLE), most, _NUISANCE_GRID)
+    # A binomial distribution's quantiles by special functions: scipy.stats takes half a second to import.
     every = np.arange(offers + 1)
     fewest = int(np.argmax(bdtr(every, offers, rates[0]) >= _NEGLIGIBLE))
     largest = min(int(np.argmax(bdtrc(every, offers, rates[-1]) <= _NEGLIGIBLE)) + 1, offers)
