@@ -36,7 +36,6 @@ from ml.drift.totals import DayTotals
 from ml.offers import CLEAN_FILE, FEED_COLUMNS, QUARANTINE_FILE, offer_text
 from ml.progress import Progress
 from ml.runner import StageSpec, key_of, parameters_of, run_stage
-from ml.serving.fast_model import FastModel
 from ml.serving.predictor import Predictor
 from ml.stages import stage_named
 
@@ -324,7 +323,6 @@ class _Makes:
         fast = {"fast_checkpoint": self.make("fast_checkpoint", taxonomy | sample | word)}
         return {
             **sample,
-            **fast,
             "compiled_student": self.make("compiled_student", taxonomy | sample | student | fast | held_out),
         }
 
@@ -353,11 +351,11 @@ def _write_pool(makes: _Makes, folder: Path) -> None:
     frame = frame.drop(columns="category_id")
     frame["trained"] = _is_trained(frame, makes.models["training_sample"])
     frame["taxonomy_known"] = True
-    models = _Models(makes.models, progress)
-    frame = frame.assign(**models.answers(frame, "the pool"))
+    model = _Model(makes.models["compiled_student"], progress)
+    frame = frame.assign(**model.answers(frame, "the pool"))
     for name, alter in ALTERATIONS.items():
         changed = pd.DataFrame(alter(frame))
-        answers = models.answers(frame.assign(**changed), f"the pool, {name}")
+        answers = model.answers(frame.assign(**changed), f"the pool, {name}")
         _write(changed.assign(**answers), folder / f"{name}.parquet")
     _write(frame, folder / "offers.parquet")
     _write(pd.DataFrame(_quarantine_shares(makes)), folder / "quarantined.parquet")
@@ -385,19 +383,18 @@ def _quarantine_shares(makes: _Makes) -> list[dict[str, Any]]:
     return [{"reason": count["values"], "share": count["counts"] / clean} for count in counts]
 
 
-class _Models:
-    """The compiled model and the fast model alone; equal offers are answered once."""
+class _Model:
+    """The compiled model; equal offers are answered once."""
 
     _COLUMNS = ("title", "brand", "shop_category", "description", "country")
 
-    def __init__(self, folders: Mapping[str, Path], progress: Progress) -> None:
-        self._compiled = Predictor.load(folders["compiled_student"])
-        self._fast = FastModel.load(folders["fast_checkpoint"])
+    def __init__(self, folder: Path, progress: Progress) -> None:
+        self._predictor = Predictor.load(folder)
         self._progress = progress
         self._known: dict[tuple[Any, ...], dict[str, Any]] = {}
 
     def answers(self, offers: pd.DataFrame, what: str) -> dict[str, Any]:
-        """Columns that the models add to offers."""
+        """Columns that the model adds to offers."""
         columns = offers[list(self._COLUMNS)].astype(object)
         keys = list(columns.where(columns.notna(), None).itertuples(index=False, name=None))
         new = list(dict.fromkeys(key for key in keys if key not in self._known))
@@ -409,11 +406,12 @@ class _Models:
 
     def _learn(self, keys: list[tuple[Any, ...]]) -> None:
         offers = [dict(zip(self._COLUMNS, key, strict=True)) for key in keys]
-        best = self._fast.predict_probabilities([offer_text(offer) for offer in offers]).argmax(axis=1)
-        for key, prediction, place in zip(keys, self._compiled.predict(offers), best, strict=True):
+        fast, student = self._predictor.each_alone([offer_text(offer) for offer in offers])
+        for place, (key, prediction) in enumerate(zip(keys, self._predictor.predict(offers), strict=True)):
             self._known[key] = {
                 **{name: getattr(prediction, name) for name in PREDICTED},
-                "fast_category_id": self._fast.labels[place],
+                "fast_category_id": fast[place],
+                "student_category_id": student[place],
             }
 
 

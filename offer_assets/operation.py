@@ -8,9 +8,9 @@ from typing import Any
 import dagster as dg
 import msgspec
 
-from ml.artifacts import ArtifactRef, Manifest
+from ml.artifacts import ArtifactRef
 from ml.drift.answers import DayReport, Question
-from ml.drift.questions import AGREEMENT, QUESTIONS
+from ml.drift.questions import QUESTIONS
 from ml.errors import InputError
 from ml.evaluation.verification import same_offers
 from ml.stages import (
@@ -27,7 +27,6 @@ from resources.artifact_store import ArtifactStore
 from resources.cataloguing import Cataloguing
 from resources.compute import AnyContext, Compute, StageResult
 from resources.failures import input_errors_fail_plainly
-from resources.tracking import Tracking
 
 DRIFT_REPORT = "drift_report"
 
@@ -84,23 +83,21 @@ def operation_assets(days: dg.DailyPartitionsDefinition) -> list[dg.AssetsDefini
         taxonomy_change: ArtifactRef,
         artifact_store: ArtifactStore,
         compute: Compute,
-        tracking: Tracking,
     ) -> dg.MaterializeResult:
         """One day of offers and categories against what was usual when the model was trained."""
         day = context.partition_key
         model = _model_of_day(catalogued_offers, artifact_store, compute)
         if compute.manifest(drift_reference).inputs["compiled_student"] != model.digest:
             # Another model serves by now; the day is held against what the one that catalogued it learned.
-            drift_reference = reference_of(model, context, artifact_store, compute, tracking).ref
+            drift_reference = reference_of(model, context, artifact_store, compute).ref
         inputs: dict[str, ArtifactRef | Mapping[str, ArtifactRef]] = {
             "catalogued_offers": catalogued_offers,
+            "compiled_student": model,
             "offers": offers,
             "drift_reference": drift_reference,
             "catalog_taxonomy": taxonomy_in_force(taxonomy_change, compute),
             "earlier": earlier_reports(day, drift_reference, artifact_store, compute),
         }
-        if "fast_checkpoint" in compute.manifest(drift_reference).inputs:
-            inputs["fast_checkpoint"] = compute.origin(drift_reference, "fast_checkpoint")
         result = compute.run(
             context, DRIFT_REPORT, inputs, DriftParameters(day=day, complete=day < today_in_utc())
         )
@@ -110,7 +107,7 @@ def operation_assets(days: dg.DailyPartitionsDefinition) -> list[dg.AssetsDefini
 
 
 @dg.asset(
-    deps=["training_sample", "fast_checkpoint"],
+    deps=["training_sample"],
     group_name=policies.OPERATION,
     kinds={"parquet"},
     owners=[policies.ML_TEAM],
@@ -121,10 +118,9 @@ def drift_reference(
     offer_endpoint: ArtifactRef,
     artifact_store: ArtifactStore,
     compute: Compute,
-    tracking: Tracking,
 ) -> dg.MaterializeResult:
     """What was usual on the newest days that the serving model was trained on: made once per model."""
-    return materialization(reference_of(offer_endpoint, context, artifact_store, compute, tracking))
+    return materialization(reference_of(offer_endpoint, context, artifact_store, compute))
 
 
 def operation_checks(days: dg.DailyPartitionsDefinition) -> list[dg.AssetChecksDefinition]:
@@ -153,12 +149,10 @@ def reference_of(
     context: AnyContext,
     artifact_store: ArtifactStore,
     compute: Compute,
-    tracking: Tracking,
 ) -> StageResult:
     """The drift reference of a compiled (or renamed) student, found or made.
 
-    Its days are the newest of those that the student was trained on, not the newest there are. The fast model
-    is the one beside which the student was judged; without its evaluation there is none.
+    Its days are the newest of those that the student was trained on, not the newest there are.
     """
     parameters = DriftReferenceParameters()
     sample = compute.origin(model, "student_checkpoint", "training_sample")
@@ -167,8 +161,6 @@ def reference_of(
         "compiled_student": model,
         "offers": _offers_behind(sample, parameters.days, artifact_store, compute),
     }
-    if fast_model := _fast_model_beside(model, artifact_store, compute, tracking):
-        inputs["fast_checkpoint"] = fast_model
     return compute.run(context, "drift_reference", inputs, parameters)
 
 
@@ -206,25 +198,15 @@ def _question_check(question: Question, days: dg.DailyPartitionsDefinition) -> d
     def check(drift_report: ArtifactRef, compute: Compute) -> dg.AssetCheckResult:
         folder = compute.folder(drift_report)
         answers = {answer.question: answer for answer in read_day_report(folder).answers}
-        made_of = compute.manifest(drift_report)
+        is_over = compute.manifest(drift_report).parameters["complete"]
         return answer_result(
             answers[question.name],
             folder / _PAGE,
-            may_be_unknown=_may_be_unknown(question, made_of),
-            complete=made_of.parameters["complete"],
+            may_be_unknown=not is_over,  # it is looked at again when it is (offer_assets.jobs.day_is_over)
+            complete=is_over,
         )
 
     return check
-
-
-def _may_be_unknown(question: Question, made_of: Manifest) -> bool:
-    """Whether it is no news that a question has no answer.
-
-    A day that is not over is looked at again when it is (``offer_assets.jobs.day_is_over``); where no fast
-    model was trained, nothing can agree with it.
-    """
-    is_over = made_of.parameters["complete"]
-    return not is_over or (question.name == AGREEMENT and "fast_checkpoint" not in made_of.inputs)
 
 
 def _describe(folder: Path) -> dict[str, Any]:
@@ -293,17 +275,6 @@ def _offers_behind(
             "again"
         )
     return dict(sorted(found.items()))
-
-
-def _fast_model_beside(
-    model: ArtifactRef, artifact_store: ArtifactStore, compute: Compute, tracking: Tracking
-) -> ArtifactRef | None:
-    """The fast model of the evaluation that a student was judged by, if both are still there."""
-    version = tracking.version_of(model)
-    digest = version.tags.get("evaluation") if version is not None else None
-    evaluation = artifact_store.find_by_digest("student_evaluation", digest) if digest else None
-    fast_model = compute.manifest(evaluation).inputs.get("fast_checkpoint") if evaluation else None
-    return artifact_store.find_by_digest("fast_checkpoint", fast_model) if fast_model else None
 
 
 def _reference_behind(report: ArtifactRef, compute: Compute) -> str | None:

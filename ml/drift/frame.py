@@ -58,6 +58,7 @@ _LOOKED_AT = pa.schema(
         tier=pa.string(),
         needs_review=pa.bool_(),
         fast_category_id=pa.string(),
+        student_category_id=pa.string(),
         taxonomy_known=pa.bool_(),
         trained=pa.bool_(),
     )
@@ -105,8 +106,9 @@ class Frame:
         Args:
             days: Of each day the offers that are looked at one by one, in random order, and its totals.
                 The offers have the columns of ``CLEAN_SCHEMA``, what was predicted for them (``category_id``,
-                ``category_path``, ``confidence``, ``tier``, ``needs_review``, ``fast_category_id``; null
-                where there is none), ``taxonomy_known`` and ``trained``.
+                ``category_path``, ``confidence``, ``tier``, ``needs_review``; null where there is none), what
+                either model alone says (``fast_category_id``, ``student_category_id``), ``taxonomy_known``
+                and ``trained``.
             parameters: Of ``drift_reference``.
 
         Raises:

@@ -83,10 +83,8 @@ def measure(
     confidence = number_column(rows, "confidence")
     by_student = np.array(text_column(rows, "tier") == STUDENT, dtype=bool)
     for_review = rows["needs_review"].fillna(False).to_numpy(dtype=bool)
-    category, fast_category = text_column(rows, "category_id"), text_column(rows, "fast_category_id")
-    answered = np.array(
-        [a is not None and b is not None for a, b in zip(category, fast_category, strict=True)], dtype=bool
-    )
+    category = text_column(rows, "category_id")
+    fast, student = text_column(rows, "fast_category_id"), text_column(rows, "student_category_id")
     numbers = {
         **of_titles,
         "words": tokens.counts,
@@ -106,8 +104,7 @@ def measure(
         "confidence": np.where(untrained, confidence, np.nan),
         "to_student": _sign(by_student, untrained & ~np.isnan(confidence)),
         "to_review": _sign(for_review, untrained & ~np.isnan(confidence)),
-        # Where the fast model answered it agrees with itself, and no model gives the category of a review.
-        "agrees": _sign(category == fast_category, untrained & answered & by_student & ~for_review),
+        "agrees": _sign(fast == student, untrained),
         "outside_taxonomy": _sign(
             ~rows["taxonomy_known"].to_numpy(dtype=bool), np.ones(len(rows), dtype=bool)
         ),

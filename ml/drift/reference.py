@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from ml.cores import available_cores
 from ml.drift.expected import weekdays_are_known
 from ml.drift.frame import Frame
-from ml.drift.sample import PREDICTED, TRAINED_FILE, rows_of, sampled_offers, with_fast_model, write_trained
+from ml.drift.sample import PREDICTED, TRAINED_FILE, rows_of, sampled_offers, with_each_alone, write_trained
 from ml.drift.totals import DayTotals, totals_of
 from ml.progress import Bar
 from ml.runner import StageContext
@@ -48,7 +48,7 @@ def write_drift_reference(context: StageContext, parameters: DriftReferenceParam
             done = context.checkpoints / f"{day}.parquet"
             if not done.exists():
                 offers = sampled_offers(folder, day, number, parameters.seed, trained)
-                offers = with_fast_model(offers, context.optional_input("fast_checkpoint"))
+                offers = with_each_alone(offers, predictor)
                 _write(_catalogued(offers, predictor, bar).drop_columns(list(_NOT_LOOKED_AT)), done)
             rows = rows_of(pq.read_table(done))
             rows["taxonomy_known"] = True

@@ -16,17 +16,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ml.artifacts import read_manifest, short_version
+from ml.cores import available_cores
 from ml.drift.answers import LEVELS, Answer, DayReport, DistanceOfColumn, Question
 from ml.drift.evidently_report import LEAST_OFFERS, write_evidently_report
 from ml.drift.expected import weekdays_are_known
 from ml.drift.frame import SERIES_FILE, Frame
 from ml.drift.plots import picture
-from ml.drift.questions import AGREEMENT, LIMITS, QUESTIONS, TAXONOMY_IN_FORCE, UNKNOWN_UNTIL_THE_DAY_IS_OVER
-from ml.drift.sample import TRAINED_FILE, rows_of, sampled_offers, with_fast_model
+from ml.drift.questions import LIMITS, QUESTIONS, TAXONOMY_IN_FORCE, UNKNOWN_UNTIL_THE_DAY_IS_OVER
+from ml.drift.sample import TRAINED_FILE, rows_of, sampled_offers, with_each_alone
 from ml.drift.series import Judgement, expectations, judge
 from ml.drift.totals import DayTotals, totals_of
 from ml.errors import InputError
 from ml.runner import StageContext
+from ml.serving.predictor import Predictor
 from ml.stages import DriftParameters
 from ml.taxonomy import Taxonomy
 
@@ -59,11 +61,10 @@ def write_drift_report(context: StageContext, parameters: DriftParameters) -> di
     reference = frame.reference_series(today)
     pq.write_table(today, context.output / SERIES_FILE, compression="zstd")
     judgements = judge(day, today, reference, earlier)
-    has_fast_model = context.optional_input("fast_checkpoint") is not None
     answers = []
     for question in QUESTIONS:
         judgement = judgements[question.name]
-        why = _why_unknown(question, totals, len(rows), frame, has_fast_model)
+        why = _why_unknown(question, totals, len(rows), frame)
         if others is None and question.name != TAXONOMY_IN_FORCE:
             judgement = Judgement(question=question.name, level="UNKNOWN", series=0, findings=[])
             why = f"{day} is all of the reference: there is no other day to hold it against"
@@ -125,7 +126,8 @@ def _looked_at(context: StageContext, parameters: DriftParameters) -> pa.Table:
         context.input("drift_reference") / TRAINED_FILE,
         context.input("catalogued_offers"),
     )
-    offers = with_fast_model(offers, context.optional_input("fast_checkpoint"))
+    predictor = Predictor.load(context.input("compiled_student"), threads=available_cores())
+    offers = with_each_alone(offers, predictor)
     taxonomy = Taxonomy.load(context.input("catalog_taxonomy"))
     is_known = [category is None or category in taxonomy for category in offers["category_id"].to_pylist()]
     return offers.append_column("taxonomy_known", pa.array(is_known, pa.bool_()))
@@ -170,13 +172,9 @@ def _answer(question: Question, judgement: Judgement, why_unknown: str) -> Answe
     )
 
 
-def _why_unknown(
-    question: Question, totals: DayTotals, looked_at: int, frame: Frame, has_fast_model: bool
-) -> str:
+def _why_unknown(question: Question, totals: DayTotals, looked_at: int, frame: Frame) -> str:
     if question.name in UNKNOWN_UNTIL_THE_DAY_IS_OVER and not totals.complete:
         return "the day is not over"
-    if question.name == AGREEMENT and not has_fast_model:
-        return "there is no fast model"
     against = f"{looked_at:,} were looked at, against {frame.reference_offers:,} of the reference"
     if min(looked_at, frame.reference_offers) >= LIMITS.least_offers:
         return f"too few offers can be measured: {against}, but few or none of them have what is asked for"

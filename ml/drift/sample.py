@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from ml.offers import CLEAN_FILE, CLEAN_SCHEMA, offer_texts
 from ml.sampling.split import PRODUCT_KEYS
-from ml.serving.fast_model import FastModel
+from ml.serving.predictor import Predictor
 
 TRAINED_FILE = "trained.parquet"
 CATALOGUED_FILE = "catalogued.parquet"
@@ -26,7 +26,7 @@ PREDICTED = ("category_id", "category_path", "confidence", "tier", "needs_review
 """What is looked at of a prediction."""
 
 _MEMORY_LIMIT = "1GB"
-_TEXTS_AT_ONCE = 2_048
+_TEXTS_AT_ONCE = 512
 
 
 @contextmanager
@@ -97,16 +97,19 @@ def sampled_offers(
     return table
 
 
-def with_fast_model(offers: pa.Table, fast_checkpoint: Path | None) -> pa.Table:
-    """The offers with ``fast_category_id``, what the fast model alone says; null where there is none."""
-    if fast_checkpoint is None:
-        return offers.append_column("fast_category_id", pa.nulls(len(offers), pa.string()))
-    model, texts = FastModel.load(fast_checkpoint), offer_texts(offers)
-    best = list[str]()
+def with_each_alone(offers: pa.Table, predictor: Predictor) -> pa.Table:
+    """The offers with ``fast_category_id`` and ``student_category_id``, what either model says by itself.
+
+    Both are asked about every offer, whichever answers it: of the answers that the fast model gives alone
+    nobody else has a second opinion.
+    """
+    texts, fast, student = offer_texts(offers), list[str](), list[str]()
     for start in range(0, len(texts), _TEXTS_AT_ONCE):
-        probabilities = model.predict_probabilities(texts[start : start + _TEXTS_AT_ONCE])
-        best += [model.labels[place] for place in probabilities.argmax(axis=1)]
-    return offers.append_column("fast_category_id", pa.array(best, pa.string()))
+        by_fast, by_student = predictor.each_alone(texts[start : start + _TEXTS_AT_ONCE])
+        fast += by_fast
+        student += by_student
+    offers = offers.append_column("fast_category_id", pa.array(fast, pa.string()))
+    return offers.append_column("student_category_id", pa.array(student, pa.string()))
 
 
 def rows_of(offers: pa.Table) -> pd.DataFrame:

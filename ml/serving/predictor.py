@@ -195,6 +195,21 @@ class Predictor:
         fast = self.cascade.fast_probabilities(self._fast.predict_probabilities(texts), places)
         return self.cascade.deep_probabilities(fast, self.student.predict_probabilities(texts), places)
 
+    def each_alone(self, texts: Sequence[str]) -> tuple[list[str], list[str]]:
+        """The category that the fast model and the one that the student takes for the most likely by itself.
+
+        Args:
+            texts: Offer texts as ``ml.offers.offer_text`` makes them.
+
+        Returns:
+            A category of each text by the fast model, and one by the student.
+        """
+        fast, student = self._fast.predict_probabilities(texts), self.student.predict_probabilities(texts)
+        return (
+            [self._fast.labels[place] for place in fast.argmax(axis=1)],
+            [self.student.labels[place] for place in student.argmax(axis=1)],
+        )
+
     def _answers_for(self, keys: Iterable[_Key]) -> dict[_Key, _Answer]:
         """What is said of each of the distinct ``keys``, from memory where they were seen lately."""
         answers: dict[_Key, _Answer] = {}

@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import ml.drift.reference
-import ml.drift.sample
 from ml.artifacts import artifact_key, read_manifest, write_manifest
 from ml.drift.answers import DayReport, Finding
 from ml.drift.frame import Frame
@@ -77,6 +76,7 @@ def offers_of(number: int, seed: int) -> pd.DataFrame:
             "category_id": [f"c{place}" for place in category],
             "category_path": [path_of(place) for place in category],
             "confidence": confidence,
+            "student_category_id": [f"c{place}" for place in category],
             "fast_category_id": [
                 f"c{place if same else (place + 1) % CATEGORIES}"
                 for place, same in zip(category, agrees, strict=True)
@@ -88,8 +88,8 @@ def offers_of(number: int, seed: int) -> pd.DataFrame:
         },
         columns=[
             *CLEAN_SCHEMA.names,
-            *("category_path", "confidence", "tier", "needs_review", "fast_category_id"),
-            *("taxonomy_known", "trained"),
+            *("category_path", "confidence", "tier", "needs_review"),
+            *("fast_category_id", "student_category_id", "taxonomy_known", "trained"),
         ],
     )
 
@@ -140,9 +140,7 @@ def seal(folder: Path, kind: str, **inputs: str) -> str:
 
 
 class OracleModels:
-    """Stand in for the compiled model and the fast model: answer what the offers were made with."""
-
-    labels = sorted(f"c{place}" for place in range(CATEGORIES))
+    """Stand in for the compiled model: answer what the offers were made with."""
 
     def __init__(self) -> None:
         self.by_id: dict[str, dict[str, Any]] = {}
@@ -169,13 +167,10 @@ class OracleModels:
             for offer in offers
         ]
 
-    def predict_probabilities(self, texts: list[str]) -> Any:
-        """As :meth:`ml.serving.fast_model.FastModel.predict_probabilities`."""
-        probabilities = np.zeros((len(texts), len(self.labels)))
-        for row, text in enumerate(texts):
-            answer = self.by_text[text]
-            probabilities[row, self.labels.index(answer["fast_category_id"])] = 0.9
-        return probabilities
+    def each_alone(self, texts: list[str]) -> tuple[list[str], list[str]]:
+        """As :meth:`ml.serving.predictor.Predictor.each_alone`."""
+        rows = [self.by_text[text] for text in texts]
+        return [row["fast_category_id"] for row in rows], [row["student_category_id"] for row in rows]
 
 
 class DriftWorld:
@@ -187,8 +182,7 @@ class DriftWorld:
         monkeypatch.setattr(
             ml.drift.reference.Predictor, "load", staticmethod(lambda folder, threads=1: self.models)
         )
-        monkeypatch.setattr(ml.drift.sample.FastModel, "load", staticmethod(lambda folder: self.models))
-        for name in ("compiled_student", "fast_checkpoint", "taxonomy"):
+        for name in ("compiled_student", "taxonomy"):
             (folder / name).mkdir()
         taxonomy().write(folder / "taxonomy" / "taxonomy.parquet")
 
@@ -197,7 +191,6 @@ class DriftWorld:
         offers: Mapping[str, pd.DataFrame],
         trained: pd.DataFrame | None = None,
         *,
-        fast: bool = True,
         name: str = "reference",
         **parameters: Any,
     ) -> tuple[Path, dict[str, Any]]:
@@ -214,8 +207,6 @@ class DriftWorld:
             table = pa.Table.from_pandas(rows[CLEAN_SCHEMA.names], CLEAN_SCHEMA, preserve_index=False)
             pq.write_table(table, sample / f"{file}.parquet")
         inputs["training_sample"] = sample
-        if fast:
-            inputs["fast_checkpoint"] = self.folder / "fast_checkpoint"
         output = self.folder / name
         output.mkdir(exist_ok=True)
         metrics = write_drift_reference(self._context(inputs, output), DriftReferenceParameters(**parameters))
@@ -228,7 +219,6 @@ class DriftWorld:
         rows: pd.DataFrame,
         *,
         day: str = TODAY,
-        fast: bool = True,
         earlier: Mapping[str, Path] | None = None,
         quarantined: list[str] | None = None,
         **parameters: Any,
@@ -238,13 +228,12 @@ class DriftWorld:
         output = self.folder / f"report-{day}-{len(list(self.folder.iterdir()))}"
         inputs = {
             "drift_reference": reference,
+            "compiled_student": self.folder / "compiled_student",
             "offers": write_day(output.with_name(output.name + "-offers"), rows, quarantined),
             "catalogued_offers": self._catalogued(output.with_name(output.name + "-catalogued"), rows),
             "catalog_taxonomy": self.folder / "taxonomy",
             **{f"earlier/{on}": folder for on, folder in (earlier or {}).items()},
         }
-        if fast:
-            inputs["fast_checkpoint"] = self.folder / "fast_checkpoint"
         output.mkdir()
         metrics = write_drift_report(self._context(inputs, output), DriftParameters(day=day, **parameters))
         seal(output, "drift_report", drift_reference=read_manifest(reference).digest)

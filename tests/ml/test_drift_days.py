@@ -37,6 +37,7 @@ def pool() -> Pool:
         category_path=answers,
         confidence=0.9,
         fast_category_id=answers,
+        student_category_id=answers,
         tier="student",
         needs_review=False,
         trained=False,

@@ -16,6 +16,7 @@ from ml.learning.encoder import Classifier
 from ml.offers import offer_text
 from ml.serving import pool as pool_module
 from ml.serving.cascade import CascadeSettings
+from ml.serving.compiled_model import CompiledModel
 from ml.serving.fast_model import FastModel
 from ml.serving.pool import PredictorPool, WorkerError
 from ml.serving.predictor import PREDICTION_SCHEMA, Predictor, prediction_table
@@ -133,6 +134,17 @@ def test_the_fast_model_answers_what_it_is_sure_of_and_the_student_is_asked_the_
             assert not prediction.needs_review
     probabilities = predictor.predict_probabilities(MIXED_TEXTS)
     assert probabilities[sure].max(axis=1) == pytest.approx(fast[sure].max(axis=1))
+
+
+def test_each_model_is_asked_about_everything_by_itself(cascading_student):
+    fast, student = Predictor.load(cascading_student).each_alone(MIXED_TEXTS)
+    for said, model in (
+        (fast, FastModel.load(cascading_student / "fast")),
+        (student, CompiledModel.open(cascading_student)),
+    ):
+        best = model.predict_probabilities(MIXED_TEXTS).argmax(axis=1)
+        assert said == [model.labels[place] for place in best]
+    assert fast != student
 
 
 def test_what_neither_is_sure_of_goes_up_and_to_review(compiled_student, tmp_path):

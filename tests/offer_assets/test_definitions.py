@@ -62,7 +62,7 @@ UPSTREAM = {
     "model_version": {"student_evaluation", "compiled_student", "taxonomy_change"},
     "offer_endpoint": {"model_version"},
     "catalogued_offers": {"offers", "offer_endpoint"},
-    "drift_reference": {"offer_endpoint", "training_sample", "fast_checkpoint"},
+    "drift_reference": {"offer_endpoint", "training_sample"},
     "drift_report": {"catalogued_offers", "offers", "drift_reference", "taxonomy_change"},
     "corrections_feed": set(),
     "corrections": {"corrections_feed", "taxonomy_change"},

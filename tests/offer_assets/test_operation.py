@@ -14,7 +14,7 @@ import pytest
 
 from ml.artifacts import ArtifactRef, write_manifest
 from ml.drift.answers import LEVELS, Answer, DayReport, DistanceOfColumn, Finding, Level
-from ml.drift.questions import AGREEMENT, PRICES, QUESTIONS, SHOP_MIX
+from ml.drift.questions import PRICES, QUESTIONS, SHOP_MIX
 from ml.runner import key_of
 from ml.stages import DriftParameters, DriftReferenceParameters, Parameters, stage_named
 from offer_assets.jobs import CATALOGUE_DAY, catalogue_day
@@ -200,8 +200,7 @@ class Operation:
         sample = artifact("training_sample", name, {}, behind)
         student = artifact("student_checkpoint", name, {}, {"training_sample": sample.digest})
         model = artifact("compiled_student", name, {}, {"student_checkpoint": student.digest})
-        fast_model = artifact("fast_checkpoint", name, {}, {})
-        evaluation = artifact("student_evaluation", name, {}, {"fast_checkpoint": fast_model.digest})
+        evaluation = artifact("student_evaluation", name, {}, {})
         tags = {"verdict": "passed", "evaluation": evaluation.digest}
         self.world.tracking.register(model, {}, tags, "automatic")
         self.store.write_pointer("offer_endpoint", model)
@@ -271,8 +270,8 @@ def test_the_reference_is_of_the_days_that_the_serving_model_was_trained_on(oper
         day: ref.digest for day, ref in trained_on.items()
     }
     assert inputs["compiled_student"].digest == model.digest
-    assert (inputs["training_sample"].key, inputs["fast_checkpoint"].key) == ("model", "model")
-    assert ASKED.inputs["drift_report"]["fast_checkpoint"].key == "model"
+    assert inputs["training_sample"].key == "model"
+    assert ASKED.inputs["drift_report"]["compiled_student"].digest == model.digest
     assert ASKED.inputs["drift_report"]["catalog_taxonomy"].key == "in-force"
 
 
@@ -292,14 +291,6 @@ def test_the_reference_is_made_once_per_model(operation):
     assert metadata_of(operation.run(2), "drift_reference")["made_in_this_run"]
 
 
-def test_without_its_evaluation_there_is_no_fast_model(operation):
-    model = operation.train("model")
-    operation.world.tracking.register(model, {}, {"verdict": "passed", "evaluation": "gone"}, "automatic")
-    operation.run(2)
-    assert "fast_checkpoint" not in ASKED.inputs["drift_reference"]
-    assert "fast_checkpoint" not in ASKED.inputs["drift_report"]
-
-
 def test_a_day_is_held_against_the_reference_of_the_model_that_catalogued_it(operation):
     older = operation.train("older")
     operation.run(2)
@@ -310,7 +301,6 @@ def test_a_day_is_held_against_the_reference_of_the_model_that_catalogued_it(ope
         "artifact_store": operation.store,
         "io_manager": ArtifactRefIOManager(store=operation.store),
         "compute": StandInStages(store=operation.store),
-        "tracking": operation.world.tracking,
     }
     _, _, drift_report = operation_assets(DAYS)
     specs = [dg.AssetSpec(name) for name in ("offer_endpoint", "taxonomy_change")]
@@ -326,6 +316,7 @@ def test_a_day_is_held_against_the_reference_of_the_model_that_catalogued_it(ope
     assert operation.store.read_pointer("drift_reference").digest != reference.digest
     assert ASKED.inputs["drift_report"]["drift_reference"].digest == reference.digest
     assert ASKED.inputs["drift_reference"]["compiled_student"].digest == older.digest
+    assert ASKED.inputs["drift_report"]["compiled_student"].digest == older.digest
 
 
 def test_a_day_is_seen_with_up_to_six_days_before_of_the_same_reference(operation):
@@ -396,11 +387,3 @@ def test_what_cannot_be_told_yet_is_no_failure(operation, monkeypatch):
     assert [name for name, check in checks.items() if not check.passed] == [PRICES]
     assert checks[SHOP_MIX].description == f"UNKNOWN: {SHOP_MIX} is UNKNOWN"
     assert {check.metadata["complete"].value for check in checks.values()} == {False}
-
-
-def test_without_a_fast_model_nobody_has_to_agree_with_it(operation):
-    model = operation.train("model")
-    operation.world.tracking.register(model, {}, {"verdict": "passed", "evaluation": "gone"}, "automatic")
-    ASKED.levels = {SHOP_MIX: "UNKNOWN", AGREEMENT: "UNKNOWN"}
-    checks = operation.run(2).get_asset_check_evaluations()
-    assert [check.check_name for check in checks if not check.passed] == [SHOP_MIX]
