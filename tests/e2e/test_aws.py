@@ -66,7 +66,7 @@ class Production:
 
 
 class Meeting:
-    """First writes of artifacts, held until so many came: whoever makes them is at work at once."""
+    """Writes of artifacts, held until there are so many: whoever makes them is at work at once."""
 
     def __init__(self, parent: str, awaited: int) -> None:
         self._artifact = re.compile(rf"{re.escape(parent)}([^/]+)/")
@@ -75,9 +75,9 @@ class Meeting:
         self.all_came = threading.Event()
 
     def hold(self, request: Request) -> None:
-        """A handler of the stand-in that answers nothing itself."""
+        """A handler of the stand-in that answers nothing itself; who asks again is held again."""
         artifact = self._artifact.match(request.path)
-        if request.method != "PUT" or artifact is None or artifact[1] in self._came:
+        if request.method != "PUT" or artifact is None:
             return
         self._came.add(artifact[1])
         if len(self._came) >= self._awaited:
